@@ -1,0 +1,41 @@
+"""How Megatron names and keeps what is in a `torch_dist` checkpoint."""
+
+import re
+from dataclasses import dataclass
+
+import torch
+
+TRACKER = "latest_checkpointed_iteration.txt"
+CHECKPOINT_VERSION = 3.0
+"""Version of Megatron's own checkpoint content, which the loader asks for."""
+
+COMMON_STATE = "common_state/shard_0_1"
+FORMAT = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
+
+STORED_IN_PARTS = {
+    "mixer.in_proj.weight": ("mixer.in_proj.weight", ("z", "x", "B", "C", "dt")),
+    "mixer.conv1d_weight": ("mixer.conv1d.weight", ("x", "B", "C")),
+    "mixer.conv1d_bias": ("mixer.conv1d.bias", ("x", "B", "C")),
+}
+"""What Megatron stores in parts along dimension 0: end of the stock name -> (end of the stored name, parts)."""
+
+FUSED_NORMS = {
+    "mixer.in_proj.layer_norm_weight": "norm.weight",
+    "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
+    "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
+}
+"""Norms that Transformer Engine fuses into a linear layer: end of the stored name -> end of the stock name."""
+
+LINEAR = re.compile(r"(\.(in_proj|out_proj|linear_qkv|linear_proj|linear_fc1|linear_fc2)|^output_layer)\.weight$")
+"""Weights of core's linear layers, which save an empty extra state beside them and ask for it when they load."""
+
+NOT_OF_THE_MODEL = re.compile(r"^((chained_\d+\.)?optimizer\.|rng_state|rerun_state)")
+"""Stored names that belong to the optimizer or the run."""
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Shape and dtype of a whole tensor, whatever shards it is stored in."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype

@@ -1,0 +1,352 @@
+"""Recipes: a `megatron:` section of Megatron's own flags and an `elastic:` section, checked whole before anything runs."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+
+from megatron_elastic.axes import AXES
+from megatron_elastic.budget import Budget, Selection
+from megatron_elastic.cost_model import nearest, parameters
+from megatron_elastic.errors import RecipeError
+from megatron_elastic.family import Family
+from megatron_elastic.flags import flag_faults, model_shape
+from megatron_elastic.layout import ModelShape
+from megatron_elastic.router import RouterConfig
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """One stage of the curriculum; sizes are in base samples (what a user feeds, not how often budgets reuse it).
+
+    Attributes:
+        iterations: optimizer steps.
+        sequence_length: tokens.
+        global_batch_size: base samples a step.
+        micro_batch_size: base samples a microbatch on each data-parallel rank.
+        weights: share of the loss of each budget, largest budget first; sums to 1.
+    """
+
+    iterations: int
+    sequence_length: int
+    global_batch_size: int
+    micro_batch_size: int
+    weights: tuple[float, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """Validation during training: every `interval` steps, on `iterations` global batches of base samples."""
+
+    interval: int = 1000
+    iterations: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Calibration:
+    """Text for importance scores: `samples` sequences of `sequence_length` tokens from the training data."""
+
+    samples: int = 1024
+    sequence_length: int = 8192
+    batch_size: int = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """A checked recipe.
+
+    Attributes:
+        megatron: Megatron's flags, without dashes in front.
+        pretrain: flags on top of them for training the parent.
+        family: shape, choices and budgets.
+        selections: given shapes, one a budget, or empty where a router learns them.
+        stages: the curriculum.
+        router: its hyperparameters, None where selections are given.
+        parent: checkpoint of the (sorted) parent.
+        save: where the family is saved.
+        train_data, validation_data: data prefixes.
+        temperature: of the KD softmax.
+    """
+
+    megatron: Mapping[str, Any]
+    pretrain: Mapping[str, Any]
+    family: Family
+    selections: tuple[Selection, ...]
+    stages: tuple[Stage, ...]
+    router: RouterConfig | None
+    parent: str
+    save: str
+    train_data: str
+    validation_data: str
+    temperature: float
+    save_interval: int
+    evaluation: Evaluation
+    calibration: Calibration
+    source: str = "recipe"
+
+    @property
+    def roles(self) -> int:
+        """Microbatches that each base microbatch becomes: the teacher and every budget."""
+        return len(self.family.budgets) + 1
+
+    def stage_of(self, iteration: int) -> int:
+        """Number (from 1) of the stage that makes the step after `iteration` steps; one past the last when all are made."""
+        passed = 0
+        for number, stage in enumerate(self.stages, start=1):
+            passed += stage.iterations
+            if iteration < passed:
+                return number
+        return len(self.stages) + 1
+
+    def iterations_before(self, stage: int) -> int:
+        """Optimizer steps of the stages before `stage` (from 1)."""
+        return sum(s.iterations for s in self.stages[: stage - 1])
+
+    def base_samples_before(self, stage: int) -> int:
+        """Base samples consumed by the stages before `stage` (from 1)."""
+        return sum(s.iterations * s.global_batch_size for s in self.stages[: stage - 1])
+
+    @property
+    def iterations(self) -> int:
+        """Optimizer steps of all stages."""
+        return self.iterations_before(len(self.stages) + 1)
+
+    @property
+    def base_tokens(self) -> int:
+        """Tokens of text that all stages read (each counted once, however many budgets learn from it)."""
+        return sum(s.iterations * s.global_batch_size * s.sequence_length for s in self.stages)
+
+
+def _section(cls: type[T], raw: Any, name: str, faults: list[str]) -> T | None:
+    """A dataclass from a mapping; unknown, missing and mistyped keys become faults."""
+    if not isinstance(raw, Mapping):
+        faults.append(f"{name}: {raw!r} must be a mapping")
+        return None
+    known = {f.name: f for f in fields(cls)}  # type: ignore[arg-type]
+    good = True
+    for key in sorted(set(raw) - set(known), key=str):
+        faults.append(f"{name}.{key}: unknown key; known are {sorted(known)}")
+        good = False
+    values: dict[str, Any] = {}
+    for key, kind in ((key, known[key].type) for key in raw if key in known):
+        value = tuple(raw[key]) if isinstance(raw[key], list) else raw[key]
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if (kind is int and not (number and float(value).is_integer())) or (kind is float and not number):
+            faults.append(f"{name}.{key}: {value!r} must be {'a whole' if kind is int else 'a'} number")
+            good = False
+        elif number and value < 0 and key != "seed":
+            faults.append(f"{name}.{key}: {value!r} must not be negative")
+            good = False
+        else:
+            values[key] = kind(value) if kind in (int, float) else value
+    try:
+        return cls(**values) if good else None
+    except TypeError as error:
+        faults.append(f"{name}: {str(error).replace('__init__() ', '')}")
+        return None
+
+
+KNOWN_KEYS = (
+    "parent save train_data validation_data ffn_blocks axes budgets selections router stages temperature save_interval "
+    "evaluation calibration"
+).split()
+REQUIRED_KEYS = ("parent", "save", "train_data", "validation_data", "axes", "budgets", "stages")
+
+
+def _axes(elastic: Mapping[str, Any], shape: ModelShape, tp: int, faults: list[str]) -> dict[str, tuple[int, ...]]:
+    raw = elastic.get("axes")
+    if not isinstance(raw, Mapping):
+        faults.append(f"elastic.axes: {raw!r} must map an axis to its choices, largest first")
+        return {}
+    for axis in sorted(set(raw) - set(AXES), key=str):
+        faults.append(f"elastic.axes.{axis}: unknown axis; known are {list(AXES)}")
+    blocks = elastic.get("ffn_blocks", 8)
+    if not isinstance(blocks, int) or blocks < 1:
+        faults.append(f"elastic.ffn_blocks: {blocks!r} must be a positive whole number")
+        return {}
+    choices = {}
+    for axis, order in shape.orders(blocks).items():
+        sizes = raw.get(axis, [order.size])
+        if not isinstance(sizes, Sequence) or not all(isinstance(size, int) for size in sizes):
+            faults.append(f"elastic.axes.{axis}: {sizes!r} must be a list of whole numbers")
+            continue
+        found = order.faults(sizes)
+        if axis != "hidden" and order.blocks % tp:
+            found.append(f"its {order.blocks} blocks do not divide by tensor-model-parallel-size {tp}")
+        faults.extend(f"elastic.axes.{axis}: {fault}" for fault in found)
+        choices[axis] = tuple(sizes)
+    return choices if len(choices) == len(AXES) else {}
+
+
+def _budgets(elastic: Mapping[str, Any], faults: list[str]) -> tuple[Budget, ...]:
+    raw = elastic.get("budgets")
+    if not isinstance(raw, list) or not raw:
+        faults.append(f"elastic.budgets: {raw!r} must be a list of {{name, fraction}}, largest first")
+        return ()
+    made = [_section(Budget, entry, f"elastic.budgets[{number}]", faults) for number, entry in enumerate(raw)]
+    budgets = tuple(budget for budget in made if budget is not None)
+    if len(budgets) < len(raw):
+        return ()
+    names = [budget.name for budget in budgets]
+    if len(set(names)) < len(names):
+        faults.append(f"elastic.budgets: names {names} must differ")
+    for name in names:
+        if not isinstance(name, str) or not name or any(c in "/\\" or c.isspace() for c in name) or name.startswith("."):
+            faults.append(f"elastic.budgets: name {name!r} must be usable as a folder's name")
+    sizes = [budget.fraction for budget in budgets]
+    if sizes[0] != 1.0:
+        faults.append(f"elastic.budgets: the first fraction {sizes[0]} must be 1.0, the parent's own size")
+    if any(a <= b for a, b in zip(sizes, sizes[1:], strict=False)):
+        faults.append(f"elastic.budgets: fractions {sizes} must be strictly descending")
+    return budgets
+
+
+def _reachable(family: Family, tolerance: float, faults: list[str]) -> None:
+    for budget in family.budgets:
+        selection, reached = nearest(family.shape, family.choices, budget.fraction)
+        if abs(reached / budget.fraction - 1.0) > tolerance:
+            faults.append(
+                f"elastic.budgets.{budget.name}: no selection comes within {tolerance:.1%} of {budget.fraction:.3f} of the "
+                f"parent's parameters; the nearest has {reached:.4f} ({selection.as_dict()}): add choices"
+            )
+
+
+def _selections(raw: Any, family: Family, faults: list[str]) -> tuple[Selection, ...]:
+    names = [budget.name for budget in family.budgets]
+    if not isinstance(raw, Mapping) or sorted(raw) != sorted(names):
+        faults.append(f"elastic.selections: must give one selection for each of {names}")
+        return ()
+    found = []
+    for name in names:
+        kept = {**family.shape.full, **raw[name]} if isinstance(raw[name], Mapping) else {}
+        if set(kept) != set(AXES):
+            faults.append(f"elastic.selections.{name}: {raw[name]!r} must map axes of {list(AXES)} to choices")
+            continue
+        for axis in AXES:
+            if kept[axis] not in family.choices[axis]:
+                faults.append(f"elastic.selections.{name}.{axis}: {kept[axis]} is none of {list(family.choices[axis])}")
+        found.append(Selection.from_dict(kept))
+    if found and found[0] != family.full:
+        faults.append(f"elastic.selections.{names[0]}: the largest budget must keep everything")
+    return tuple(found)
+
+
+def _stages(raw: Any, budgets: int, data_parallel: int, faults: list[str]) -> tuple[Stage, ...]:
+    if not isinstance(raw, list) or not raw:
+        faults.append(f"elastic.stages: {raw!r} must be a list of stages")
+        return ()
+    made = [_section(Stage, entry, f"elastic.stages[{number}]", faults) for number, entry in enumerate(raw)]
+    for number, stage in enumerate(made):
+        if stage is None:
+            continue
+        name = f"elastic.stages[{number}]"
+        for key in ("iterations", "sequence_length", "global_batch_size", "micro_batch_size"):
+            if getattr(stage, key) < 1:
+                faults.append(f"{name}.{key}: {getattr(stage, key)} must be at least 1")
+        step = stage.micro_batch_size * data_parallel
+        if step and stage.global_batch_size % step:
+            faults.append(
+                f"{name}.global_batch_size: {stage.global_batch_size} must be a multiple of micro_batch_size x data-parallel "
+                f"size = {step}: roles are dealt in groups of that size"
+            )
+        weights = stage.weights
+        if not isinstance(weights, tuple) or len(weights) != budgets or abs(sum(weights) - 1.0) > 1e-6:
+            faults.append(f"{name}.weights: {weights!r} must be {budgets} numbers, one a budget, that sum to 1")
+    return tuple(stage for stage in made if stage is not None)
+
+
+def parse_recipe(raw: Any, *, world_size: int = 1, source: str = "recipe") -> Recipe:
+    """Checks a recipe whole.
+
+    Args:
+        raw: what the YAML file holds.
+        world_size: ranks of the run, for the data-parallel size.
+        source: name for messages.
+
+    Raises:
+        RecipeError: with every fault found.
+    """
+    faults: list[str] = []
+    if not isinstance(raw, Mapping):
+        raise RecipeError([f"{type(raw).__name__} where a mapping with `megatron` and `elastic` is expected"], source)
+    for key in sorted(set(raw) - {"megatron", "pretrain", "elastic"}, key=str):
+        faults.append(f"{key}: unknown section; known are megatron, pretrain, elastic")
+    megatron, elastic = raw.get("megatron"), raw.get("elastic")
+    if not isinstance(megatron, Mapping) or not isinstance(elastic, Mapping):
+        raise RecipeError([*faults, "the sections `megatron` and `elastic` are both required, as mappings"], source)
+    for key in sorted(set(elastic) - set(KNOWN_KEYS), key=str):
+        faults.append(f"elastic.{key}: unknown key; known are {KNOWN_KEYS}")
+    faults.extend(f"elastic.{key}: required" for key in REQUIRED_KEYS if key not in elastic)
+    faults.extend(flag_faults(megatron))
+    shape = model_shape(megatron, faults)
+    model_parallel = [
+        int(megatron.get(name, 1)) for name in ("tensor-model-parallel-size", "pipeline-model-parallel-size")
+    ]
+    tp, ranks = model_parallel[0], model_parallel[0] * model_parallel[1]
+    if world_size % ranks:
+        faults.append(f"megatron: TP x PP = {ranks} does not divide the {world_size} rank(s) of this run")
+    budgets = _budgets(elastic, faults)
+    stages = _stages(elastic.get("stages"), len(budgets), max(1, world_size // ranks), faults)
+    given = "selections" in elastic
+    router = None
+    if not given:
+        router = _section(RouterConfig, elastic.get("router", {}), "elastic.router", faults)
+    elif "router" in elastic:
+        faults.append("elastic.router: with elastic.selections no router is built; remove one of the two")
+    if router is not None and router.iterations > sum(stage.iterations for stage in stages):
+        faults.append(f"elastic.router.iterations: {router.iterations} exceeds the stages' iterations")
+    selections: tuple[Selection, ...] = ()
+    family = None
+    if shape is not None and budgets:
+        choices = _axes(elastic, shape, tp, faults)
+        if choices and not faults:
+            family = Family(
+                shape=shape, ffn_blocks=elastic.get("ffn_blocks", 8), choices=choices, budgets=budgets
+            )
+            if given:
+                selections = _selections(elastic["selections"], family, faults)
+            else:
+                _reachable(family, router.tolerance if router else 0.02, faults)
+    evaluation = _section(Evaluation, elastic.get("evaluation", {}), "elastic.evaluation", faults)
+    calibration = _section(Calibration, elastic.get("calibration", {}), "elastic.calibration", faults)
+    if faults or family is None or evaluation is None or calibration is None:
+        raise RecipeError(faults, source)
+    return Recipe(
+        megatron=dict(megatron),
+        pretrain=dict(raw.get("pretrain") or {}),
+        family=family,
+        selections=selections,
+        stages=stages,
+        router=router,
+        parent=str(elastic["parent"]),
+        save=str(elastic["save"]),
+        train_data=str(elastic["train_data"]),
+        validation_data=str(elastic["validation_data"]),
+        temperature=float(elastic.get("temperature", 1.0)),
+        save_interval=int(elastic.get("save_interval", 1000)),
+        evaluation=evaluation,
+        calibration=calibration,
+        source=source,
+    )
+
+
+def load_recipe(path: str | Path, *, world_size: int = 1) -> Recipe:
+    """Reads and checks a recipe file.
+
+    Raises:
+        RecipeError: the file is missing or not YAML, or the recipe has faults.
+    """
+    try:
+        raw = yaml.safe_load(Path(path).read_text())
+    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
+        raise RecipeError([f"cannot be read: {error}"], str(path)) from error
+    return parse_recipe(raw, world_size=world_size, source=str(path))
+
+
+def reached_fraction(family: Family, selection: Selection) -> float:
+    """Parameters of a selection as a share of the parent's."""
+    return parameters(family.shape, selection.as_dict()) / parameters(family.shape, family.shape.full)

@@ -1,0 +1,1 @@
+"""Runs Megatron's code on a machine without a GPU."""

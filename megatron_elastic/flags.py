@@ -1,0 +1,171 @@
+"""Megatron's flags in a recipe: the model they describe, and the one table of those that elastic training refuses."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_elastic.layout import ModelShape
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A flag that would break elastic training.
+
+    Attributes:
+        flag: Megatron's name, without dashes in front.
+        refused: whether a value is refused (None: the flag is absent).
+        reason: what it breaks and what to do.
+    """
+
+    flag: str
+    refused: Callable[[Any], bool]
+    reason: str
+
+
+def _given(value: Any) -> bool:
+    return value is not None and value is not False
+
+
+def _missing(value: Any) -> bool:
+    return not _given(value)
+
+
+def _over_one(value: Any) -> bool:
+    return value is not None and int(value) > 1
+
+
+def _not(*allowed: Any) -> Callable[[Any], bool]:
+    return lambda value: value not in allowed
+
+
+_OWNED = "set by the elastic section (stages, data, save): remove it here"
+_SELECTION = "a captured graph replays one selection; every microbatch of a step has another one"
+_NO_LAYER = "no elastic layer carries it"
+
+REFUSALS: tuple[Refusal, ...] = (
+    # What the joint step relies on.
+    Refusal("calculate-per-token-loss", _missing, "required: without it core divides by the teacher's microbatch too"),
+    Refusal("cuda-graph-impl", _not(None, "none"), _SELECTION),
+    Refusal("enable-cuda-graph", _given, _SELECTION),
+    Refusal("external-cuda-graph", _given, _SELECTION),
+    Refusal("use-megatron-fsdp", _given, "sliced gradients are added into DDP's main_grad, which FSDP does not keep"),
+    Refusal("use-torch-fsdp2", _given, "sliced gradients are added into DDP's main_grad, which FSDP does not keep"),
+    Refusal("dataloader-type", _not(None, "single"), "cyclic and external loaders break the groups of roles: use single"),
+    Refusal("rampup-batch-size", _given, "a batch that is no multiple of the roles' groups breaks them"),
+    Refusal("full-validation", _given, "its last batch is no multiple of the roles' groups"),
+    Refusal("tp-comm-overlap", _given, "its user buffers have the full layer's shape, slices do not"),
+    Refusal("fp8-param-gather", _given, "a slice of an FP8 parameter would keep the full parameter's scale"),
+    Refusal("fp8-format", _given, "the local backend's linears have no FP8: use bf16"),
+    Refusal("fp16", _given, "loss scaling would scale the router's gradients: use bf16"),
+    Refusal("defer-embedding-wgrad-compute", _given, "the LM head's gradient is made inside the KD loss"),
+    Refusal("delay-wgrad-compute", _given, "sliced gradients are added in the backward of the slice"),
+    Refusal("overlap-p2p-communication-warmup-flush", _given, "not carried by the roles' microbatch order"),
+    Refusal("fp32-residual-connection", _given, "the elastic stack keeps the residual in the parameters' type"),
+    Refusal("context-parallel-size", _over_one, "the elastic Mamba and attention layers split no sequence yet"),
+    Refusal("hidden-dropout", _not(0, 0.0), "must be 0: with dropout what trains is not what is cut (core's default is 0.1)"),
+    Refusal("attention-dropout", _not(0, 0.0), "must be 0: with dropout what trains is not what is cut (core's default is 0.1)"),
+    # Parents that no elastic layer carries.
+    Refusal("mtp-num-layers", _given, f"multi-token prediction: {_NO_LAYER}"),
+    Refusal("num-experts", _given, f"MoE layers: {_NO_LAYER} yet"),
+    Refusal("untie-embeddings-and-output-weights", _missing, f"tied embeddings: {_NO_LAYER}; untie them"),
+    Refusal("disable-bias-linear", _missing, f"biases of linears: {_NO_LAYER}; disable them"),
+    Refusal("add-qkv-bias", _given, f"a QKV bias: {_NO_LAYER}"),
+    Refusal("swiglu", _given, f"a gated MLP: {_NO_LAYER} yet; squared ReLU is carried"),
+    Refusal("quick-geglu", _given, f"a gated MLP: {_NO_LAYER} yet; squared ReLU is carried"),
+    Refusal("qk-layernorm", _given, f"qk-norm: {_NO_LAYER}"),
+    Refusal("qk-l2-norm", _given, f"qk-norm: {_NO_LAYER}"),
+    Refusal("attention-output-gate", _given, f"an attention output gate: {_NO_LAYER}"),
+    Refusal("multi-latent-attention", _given, f"multi-latent attention: {_NO_LAYER}"),
+    Refusal("experimental-attention-variant", _given, f"gated delta net and other variants: {_NO_LAYER}"),
+    Refusal("position-embedding-type", _not("none", "rope"), "none and rope are carried (core's default is learned_absolute)"),
+    Refusal("normalization", _not("RMSNorm"), "RMSNorm is the norm that knows its effective width (core's default is LayerNorm)"),
+    Refusal("apply-layernorm-1p", _given, f"zero-centred norms: {_NO_LAYER}"),
+    Refusal("use-mup", _given, f"muP multipliers: {_NO_LAYER}"),
+    Refusal("is-hybrid-model", _given, "deprecated in core: hybrid-layer-pattern says it"),
+    # What the elastic section sets.
+    *(
+        Refusal(flag, _given, _OWNED)
+        for flag in (
+            "train-iters train-samples global-batch-size micro-batch-size seq-length max-position-embeddings data-path "
+            "train-data-path valid-data-path test-data-path split eval-iters eval-interval save load save-interval finetune "
+            "pretrained-checkpoint lr-decay-iters lr-decay-samples skip-train spec"
+        ).split()
+    ),
+)
+"""The one table: a flag that is not in it reaches Megatron unchanged."""
+
+_SIZES = {
+    "hidden": "hidden-size",
+    "ffn": "ffn-hidden-size",
+    "attention_heads": "num-attention-heads",
+    "mamba_heads": "mamba-num-heads",
+    "mamba_head_dim": "mamba-head-dim",
+    "mamba_groups": "mamba-num-groups",
+    "mamba_state": "mamba-state-dim",
+}
+
+
+def flag_faults(flags: Mapping[str, Any]) -> list[str]:
+    """Every refused flag of a recipe's `megatron` section."""
+    faults = [
+        f"megatron.{row.flag}: {flags.get(row.flag)!r} is refused: {row.reason}"
+        for row in REFUSALS
+        if row.refused(flags.get(row.flag))
+    ]
+    faults.extend(f"megatron.{flag}: write Megatron's flag with hyphens, without leading dashes" for flag in flags if "_" in str(flag) or str(flag).startswith("-"))
+    return faults
+
+
+def padded_vocabulary(flags: Mapping[str, Any]) -> int:
+    """Vocabulary after Megatron's padding, which depends on the tensor-parallel size."""
+    multiple = int(flags.get("make-vocab-size-divisible-by", 128)) * int(flags.get("tensor-model-parallel-size", 1))
+    return -(-int(flags["vocab-size"]) // multiple) * multiple
+
+
+def model_shape(flags: Mapping[str, Any], faults: list[str]) -> ModelShape | None:
+    """The parent that a recipe's flags describe; what is missing or has no elastic layer is added to `faults`."""
+    needed = [*_SIZES.values(), "hybrid-layer-pattern", "vocab-size"]
+    missing = [flag for flag in needed if flag not in flags]
+    bad = [flag for flag in needed if flag in flags and flag != "hybrid-layer-pattern" and not isinstance(flags[flag], int)]
+    faults.extend(f"megatron.{flag}: required, it is part of the parent's shape" for flag in missing)
+    faults.extend(f"megatron.{flag}: {flags[flag]!r} must be a whole number" for flag in bad)
+    if missing or bad:
+        return None
+    heads = flags["num-attention-heads"]
+    groups = flags.get("num-query-groups", heads) if flags.get("group-query-attention") else heads
+    shape = ModelShape(
+        pattern=str(flags["hybrid-layer-pattern"]).replace("|", ""),
+        vocab=padded_vocabulary(flags),
+        query_groups=groups,
+        head_dim=flags.get("kv-channels", flags["hidden-size"] // heads),
+        **{name: flags[flag] for name, flag in _SIZES.items()},
+    )
+    found = shape.faults()
+    faults.extend(f"megatron: {fault}" for fault in found)
+    return None if found else shape
+
+
+def shape_flags(shape: ModelShape, flags: Mapping[str, Any]) -> dict[str, Any]:
+    """The flags that build a model of another shape (a submodel) with everything else as in `flags`."""
+    changed = {
+        **{flag: getattr(shape, name) for name, flag in _SIZES.items()},
+        "kv-channels": shape.head_dim,
+        "num-query-groups": shape.query_groups,
+        "group-query-attention": True,
+        "hybrid-layer-pattern": shape.pattern,
+    }
+    return {**flags, **changed}
+
+
+def to_argv(flags: Mapping[str, Any]) -> list[str]:
+    """A recipe's flags as Megatron's command line: true is the bare flag, false leaves it out, a list repeats values."""
+    argv: list[str] = []
+    for flag, value in flags.items():
+        if value is False or value is None:
+            continue
+        argv.append(f"--{flag}")
+        if isinstance(value, list | tuple):
+            argv.extend(str(item) for item in value)
+        elif value is not True:
+            argv.append(str(value))
+    return argv

@@ -1,0 +1,146 @@
+"""The forward step: one microbatch in its role, the joint multi-budget KD loss, and the router's place around it."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from megatron.core.distributed import finalize_model_grads
+from megatron.core.utils import unwrap_model
+from megatron.training import get_args
+from torch import Tensor
+
+from megatron_elastic.budget import Selection
+from megatron_elastic.config import Recipe
+from megatron_elastic.distillation.roles import budget_of
+from megatron_elastic.layers.linear import TeacherTarget
+from megatron_elastic.metrics import StepLog
+from megatron_elastic.model import ElasticHybridModel, FamilyState
+
+
+class _ZeroLoss(torch.autograd.Function):
+    """Zero, with a zero gradient: the teacher's turn adds nothing, not even `0 * infinity`."""
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor) -> Tensor:
+        ctx.like = output.shape, output.dtype, output.device
+        return torch.zeros((), dtype=torch.float32, device=output.device)
+
+    @staticmethod
+    def backward(ctx: Any, _: Tensor) -> Tensor:  # type: ignore[override]
+        shape, dtype, device = ctx.like
+        return torch.zeros(shape, dtype=dtype, device=device)
+
+
+Loss = tuple[Tensor, Tensor, dict[str, Tensor]]
+
+
+class JointStep:
+    """Megatron's `forward_step_func` for elastic distillation.
+
+    The gradient of a step is that of `sum_b w_b * mean_t KL(teacher || budget b)` plus the router's weighted penalty: each
+    student returns its summed KL times `w_b * K`, and core divides by all budgets' tokens, `K` times the base tokens.
+    """
+
+    def __init__(self, recipe: Recipe, state: FamilyState, weights: Sequence[float], log: StepLog) -> None:
+        """Args:
+        recipe: checked recipe.
+        state: the family's state, saved with the model.
+        weights: of the budgets in this stage's loss, largest budget first.
+        log: where router and accounting go.
+        """
+        self.recipe, self.state, self.weights, self.log = recipe, state, tuple(weights), log
+        self.names = [f"kd {budget.name}" for budget in recipe.family.budgets]
+        self._target: TeacherTarget | None = None
+        self._provisional: tuple[int, tuple[Selection, ...]] = (-1, ())
+        self._iteration = -1
+
+    def attach(self, config: Any) -> None:
+        """Registers the gradient hook in a transformer config, and the router's step after the backbone's."""
+        config.finalize_model_grads_func = self.finalize
+        torch.optim.optimizer.register_optimizer_step_post_hook(self._after_step)
+
+    def finalize(self, model: list[Any], num_tokens: Tensor | None = None, **kwargs: Any) -> None:
+        """Core's finalize, then the router's gradient: reduced and stored, overwritten where the step is rerun."""
+        finalize_model_grads(model, num_tokens, **kwargs)
+        if self.state.trainer is not None and not self.state.metadata.selections:
+            if num_tokens is None:
+                raise ValueError("calculate_per_token_loss is required: core passed no token count")
+            self.state.trainer.reduce(num_tokens, torch.distributed.group.WORLD)
+
+    def _after_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        """Runs when an optimizer has stepped: the backbone's commits the iteration, and only then the router steps."""
+        trainer = self.state.trainer
+        if trainer is not None and optimizer is trainer.optimizer:
+            return
+        done = self._iteration + 1
+        if trainer is not None and trainer.commit() and done >= trainer.router.config.iterations:
+            self._decide(done)
+        self.state.update(iteration=done)
+
+    def _decide(self, step: int) -> None:
+        assert self.state.trainer is not None
+        self.state.update(selections=self.state.trainer.router.decide(step))
+        self.log.decided(step, self.state.metadata)
+
+    def _begin(self, iteration: int) -> None:
+        if iteration != self._iteration:
+            self._iteration = iteration
+            self.log.step(iteration, self.state)
+
+    def _submodel(self, budget: int, training: bool) -> dict[str, Any]:
+        """How the model runs a budget now: sliced where its selection is decided or judged, masked while it is learnt."""
+        decided = self.state.metadata.selections
+        if decided:
+            return {"selection": decided[budget]}
+        trainer = self.state.trainer
+        assert trainer is not None, "neither a selection nor a router"
+        if training:
+            return {"probabilities": trainer.leaves(self._iteration, budget)}
+        if self._provisional[0] != self._iteration:
+            self._provisional = self._iteration, trainer.router.decide(self._iteration)
+        return {"selection": self._provisional[1][budget]}
+
+    def __call__(self, data_iterator: Any, model: Any) -> tuple[Tensor, Callable[[Tensor], Loss]]:
+        """One microbatch.
+
+        Returns:
+            The model's output, and the function that makes (loss, tokens, metrics) of it on the last stage.
+        """
+        self._begin(get_args().curr_iteration)
+        batch = next(data_iterator)
+        role = int(batch["role"][0])  # a host tensor of the loader: no device is waited for
+        chunk: ElasticHybridModel = unwrap_model(model)
+        device = next(chunk.parameters()).device
+        tokens, positions = (batch[key].to(device, non_blocking=True) for key in ("tokens", "position_ids"))
+        mask = batch["loss_mask"].to(device, non_blocking=True).float()
+        if role == 0:
+            hidden = model(tokens, positions, run_teacher=True)
+            if chunk.post_process:
+                self._target = chunk.teacher_target(hidden)
+            return hidden, self._teacher_loss
+        budget = budget_of(role, len(self.names))
+        output = model(
+            tokens,
+            positions,
+            **self._submodel(budget, chunk.training),
+            teacher=self._target if chunk.post_process else None,
+            loss_mask=mask,
+            temperature=self.recipe.temperature,
+        )
+
+        def loss(summed: Tensor) -> Loss:
+            count = mask.sum()
+            metrics = self._metrics(summed.device)
+            metrics[self.names[budget]] = torch.stack([summed.detach().float().clamp(min=0.0), count])
+            scaled = summed * (self.weights[budget] * len(self.names))
+            return scaled, count.to(torch.int), metrics
+
+        return output, loss
+
+    def _metrics(self, device: torch.device) -> dict[str, Tensor]:
+        """Every microbatch returns every budget's key: Megatron reads the keys of the first one only."""
+        return {name: torch.zeros(2, device=device) for name in self.names}
+
+    def _teacher_loss(self, output: Tensor) -> Loss:
+        zero = torch.zeros((), dtype=torch.int, device=output.device)
+        return _ZeroLoss.apply(output), zero, self._metrics(output.device)  # type: ignore[no-untyped-call]

@@ -1,0 +1,84 @@
+"""The elastic attention layer: query heads narrowed inside their KV group, hidden channels in and out."""
+
+from functools import partial
+
+from megatron.core import tensor_parallel
+from megatron.core.models.common.embeddings.rope_utils import apply_rotary_pos_emb
+from megatron.core.transformer.attention import SelfAttention
+from megatron.core.transformer.transformer_layer import TransformerLayer
+from torch import Tensor
+
+from megatron_elastic.family import SlicePlan
+from megatron_elastic.masks import Masks
+from megatron_elastic.ops.attention import causal_attention
+
+
+class NoCoreAttention:
+    """Stands in the spec where core wants a core-attention module: the elastic layer calls its op itself."""
+
+    def __init__(self, **_: object) -> None:
+        """Takes what core passes; holds nothing."""
+
+
+class ElasticSelfAttention(SelfAttention):
+    """Grouped-query causal self-attention on all query heads, with a mask, or on a slice of them."""
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        *,
+        mask: Tensor | None = None,
+        plan: SlicePlan | None = None,
+        rotary_pos_emb: Tensor | None = None,
+    ) -> Tensor:
+        """Args:
+            hidden_states: normalised input, `[s, b, kept hidden]`.
+            mask: soft mask of the query heads, `[heads / TP]`, on the heads' outputs.
+            plan: slice to run instead.
+            rotary_pos_emb: `[s, 1, 1, d]` or None.
+
+        Returns:
+            `[s, b, kept hidden]`.
+        """
+        segments = plan.segments if plan is not None else {}
+        heads = self.num_attention_heads_per_partition if plan is None else plan.attention_heads
+        groups, width = self.num_query_groups_per_partition, self.hidden_size_per_attention_head
+        qkv, _ = self.linear_qkv(hidden_states, segments=segments.get("self_attention.linear_qkv.weight"))
+        packed = qkv.unflatten(-1, (groups, (heads // groups + 2) * width))
+        query, key, value = packed.split([heads // groups * width, width, width], dim=-1)
+        query = query.reshape(*query.shape[:2], heads, width)
+        if rotary_pos_emb is not None:
+            rotate = partial(apply_rotary_pos_emb, config=self.config, cp_group=self.pg_collection.cp)
+            query, key = rotate(query, rotary_pos_emb), rotate(key, rotary_pos_emb)
+        scale = self.config.softmax_scale or width**-0.5
+        attend = partial(causal_attention, scale=scale)
+        if self.checkpoint_core_attention and self.training:
+            context = tensor_parallel.checkpoint(attend, False, query, key, value)
+        else:
+            context = attend(query, key, value)
+        if mask is not None:
+            context = context * mask.repeat_interleave(width)
+        out, _ = self.linear_proj(context, segments=segments.get("self_attention.linear_proj.weight"))
+        return out
+
+
+class ElasticAttentionLayer(TransformerLayer):
+    """Residual attention layer on a masked or sliced residual stream."""
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        *,
+        masks: Masks | None,
+        plan: SlicePlan | None,
+        rotary_pos_emb: Tensor | None = None,
+    ) -> Tensor:
+        """`[s, b, kept hidden]` -> the same shape."""
+        if masks is not None:
+            normed = self.input_layernorm(hidden_states, width=masks.hidden.sum())
+            out = self.self_attention(normed, mask=masks.attention_heads, rotary_pos_emb=rotary_pos_emb)
+            return hidden_states + out * masks.hidden
+        normed = self.input_layernorm(
+            hidden_states, segments=None if plan is None else plan.segments["input_layernorm.weight"]
+        )
+        return hidden_states + self.self_attention(normed, plan=plan, rotary_pos_emb=rotary_pos_emb)

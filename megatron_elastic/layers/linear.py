@@ -1,0 +1,160 @@
+"""Tensor-parallel linears that can run on a slice of their weight, and the LM head with the KD loss inside it.
+
+A weight is read only in the forward of the module that owns it: with `overlap_param_gather` it is stale anywhere else.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from megatron.core.tensor_parallel.mappings import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+    reduce_from_tensor_model_parallel_region,
+    reduce_scatter_to_sequence_parallel_region,
+)
+from torch import Tensor
+
+from megatron_elastic.axes import Segments
+from megatron_elastic.ops.kd_loss import cross_entropy, kd_loss
+from megatron_elastic.ops.sliced_parameter import sliced_parameter
+
+
+class ElasticColumnParallelLinear(ColumnParallelLinear):
+    """`ColumnParallelLinear` whose weight may be sliced on both dimensions."""
+
+    def forward(
+        self,
+        input_: Tensor,
+        weight: Tensor | None = None,
+        runtime_gather_output: bool | None = None,
+        *,
+        segments: tuple[Segments | None, ...] | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Args:
+            input_: `[s, b, kept inputs]` (`[s / TP, b, ...]` with sequence parallelism).
+            weight: as in core; not together with `segments`.
+            runtime_gather_output: as in core.
+            segments: kept rows and columns of the rank-local weight; None runs the stock layer.
+
+        Returns:
+            `[s, b, kept outputs / TP]` and None.
+        """
+        if segments is None:
+            return super().forward(input_, weight, runtime_gather_output)
+        if not (self.allreduce_dgrad or self.sequence_parallel):
+            input_ = copy_to_tensor_model_parallel_region(input_, group=self.tp_group)
+        output = self._forward_impl(
+            input=input_,
+            weight=sliced_parameter(self.weight, *segments),
+            bias=None,
+            gradient_accumulation_fusion=False,
+            allreduce_dgrad=self.allreduce_dgrad,
+            sequence_parallel=self.sequence_parallel,
+            grad_output_buffer=None,
+            wgrad_deferral_limit=None,
+            tp_group=self.tp_group,
+        )
+        return output, None
+
+
+class ElasticRowParallelLinear(RowParallelLinear):
+    """`RowParallelLinear` whose weight may be sliced on both dimensions."""
+
+    def forward(
+        self, input_: Tensor, *, segments: tuple[Segments | None, ...] | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Args:
+            input_: `[s, b, kept inputs / TP]`.
+            segments: kept rows and columns of the rank-local weight; None runs the stock layer.
+
+        Returns:
+            `[s, b, kept outputs]` (`[s / TP, b, ...]` with sequence parallelism) and None.
+        """
+        if segments is None:
+            return super().forward(input_)
+        output = self._forward_impl(
+            input=input_,
+            weight=sliced_parameter(self.weight, *segments),
+            bias=None,
+            gradient_accumulation_fusion=False,
+            allreduce_dgrad=False,
+            sequence_parallel=False,
+            tp_group=None,
+            grad_output_buffer=None,
+        )
+        if self.sequence_parallel:
+            return reduce_scatter_to_sequence_parallel_region(output, group=self.tp_group), None
+        return reduce_from_tensor_model_parallel_region(output, group=self.tp_group), None
+
+
+@dataclass
+class TeacherTarget:
+    """What the teacher leaves on the last stage for the students of one batch.
+
+    Attributes:
+        hidden: final hidden states after the final norm, `[s, b, h]` (`[s / TP, b, h]` with sequence parallelism).
+        weight: the teacher's LM head on this rank, `[V / TP, h]`.
+        log_sum_exp: per token, `[s * b]`; filled by the first student, read by the others.
+    """
+
+    hidden: Tensor
+    weight: Tensor
+    log_sum_exp: Tensor | None = None
+
+
+class ElasticLMHead(ElasticColumnParallelLinear):
+    """The output layer: logits of a slice, or the loss, so that no `[s, b, V]` tensor need exist."""
+
+    def _whole_sequence(self, hidden: Tensor) -> Tensor:
+        if self.sequence_parallel:
+            return gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True, group=self.tp_group)
+        return copy_to_tensor_model_parallel_region(hidden, group=self.tp_group)
+
+    def forward(
+        self,
+        input_: Tensor,
+        weight: Tensor | None = None,
+        runtime_gather_output: bool | None = None,
+        *,
+        segments: tuple[Segments | None, ...] | None = None,
+        teacher: TeacherTarget | None = None,
+        labels: Tensor | None = None,
+        token_weights: Tensor | None = None,
+        temperature: float = 1.0,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Logits, or with `teacher` the summed KD loss, or with `labels` the summed cross entropy.
+
+        Args:
+            input_: final hidden states, `[s, b, kept hidden]`.
+            weight, runtime_gather_output: as in core (logits only).
+            segments: kept rows and columns of the weight; None uses all of it.
+            teacher: target of the distillation; its `log_sum_exp` is filled.
+            labels: `[b, s]`, for evaluation (no gradient).
+            token_weights: `[b, s]`, the loss mask.
+            temperature: of the KD softmax.
+        """
+        if teacher is None and labels is None:
+            return super().forward(input_, weight, runtime_gather_output, segments=segments)
+        if token_weights is None:
+            raise ValueError("token_weights (the loss mask) is required for a loss")
+        hidden = self._whole_sequence(input_)
+        kept = sliced_parameter(self.weight, *segments) if segments is not None else self.weight
+        group = self.tp_group if self.tp_group.size() > 1 else None
+        mask = token_weights.transpose(0, 1).contiguous()
+        if labels is not None:
+            return cross_entropy(hidden, kept, labels.transpose(0, 1).contiguous(), mask, group=group), None
+        assert teacher is not None
+        with torch.no_grad():
+            target = self._whole_sequence(teacher.hidden)
+        loss, teacher.log_sum_exp = kd_loss(
+            hidden,
+            kept,
+            target,
+            teacher.weight,
+            mask,
+            temperature=temperature,
+            group=group,
+            teacher_lse=teacher.log_sum_exp,
+        )
+        return loss, None

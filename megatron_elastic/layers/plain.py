@@ -1,0 +1,270 @@
+"""The plain (not elastic) hybrid model on core's local backend: no Transformer Engine, no mamba-ssm, any device.
+
+`--spec megatron_elastic.layers.plain plain_stack_spec` gives it to Megatron's own training. Parameter and checkpoint
+names are those of core's layers with separate norms.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.models.hybrid.hybrid_block import HybridStack, HybridStackSubmodules
+from megatron.core.ssm import mamba_mixer
+from megatron.core.ssm.mamba_layer import MambaLayer, MambaLayerSubmodules
+from megatron.core.ssm.mamba_mixer import MambaMixer, MambaMixerSubmodules
+from megatron.core.ssm.mlp_layer import MLPLayer
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.dot_product_attention import DotProductAttention
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group, make_sharded_tensors_for_checkpoint
+
+from megatron_elastic.errors import ElasticError
+from megatron_elastic.ops.causal_conv import causal_conv1d_silu
+from megatron_elastic.ops.gated_norm import gated_rms_norm
+from megatron_elastic.ops.norm import rms_norm
+from megatron_elastic.ops.ssd import ssd
+
+GATED_NORM_EPSILON = 1e-5
+"""Epsilon of the gated norm: a constant in core's Mamba mixer, not `layernorm_epsilon`."""
+
+
+SSD_CHUNK = 32
+"""Tokens per chunk of the torch scan; core's 128 suits its kernels. It changes the result by rounding only."""
+
+
+def at_least_fp32(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor in fp32, or as it is in fp64."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+@contextlib.contextmanager
+def without_mamba_kernels() -> Iterator[None]:
+    """Lets core's `MambaMixer` be constructed without mamba-ssm.
+
+    Its constructor refuses where the kernels are missing, although only its forward needs them. The module's flag is
+    raised for the length of the constructor and put back.
+    """
+    before = mamba_mixer.HAVE_MAMBA_SSM
+    mamba_mixer.HAVE_MAMBA_SSM = True
+    try:
+        yield
+    finally:
+        mamba_mixer.HAVE_MAMBA_SSM = before
+
+
+class LocalRMSNorm(torch.nn.Module):
+    """RMSNorm over the hidden dimension, with the signature that Megatron's layers build a norm with.
+
+    Its weight is replicated over tensor parallel ranks; with sequence parallelism each holds a part of its gradient,
+    which core sums because of the attribute `sequence_parallel`.
+
+    Raises:
+        ElasticError: for another normalization, or one centred at zero.
+    """
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
+        """Builds a weight of ones `[hidden_size]`; `eps` is added to the mean square."""
+        super().__init__()
+        if config.normalization != "RMSNorm" or config.layernorm_zero_centered_gamma:
+            raise ElasticError(
+                f"normalization {config.normalization!r} (zero-centred: {config.layernorm_zero_centered_gamma}) has no "
+                "local layer: use --normalization RMSNorm without --apply-layernorm-1p"
+            )
+        self.eps = eps
+        self.weight = torch.nn.Parameter(
+            torch.ones(hidden_size, dtype=config.params_dtype, device=torch.cuda.current_device())
+        )
+        self.weight.sequence_parallel = config.sequence_parallel
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Normalised `x` `[s, b, h]`, same shape and dtype."""
+        return rms_norm(x, self.weight, self.eps)
+
+
+class GatedNorm(torch.nn.Module):
+    """RMSNorm of `y * silu(z)` inside each SSM group, over the channels of this tensor parallel rank."""
+
+    def __init__(self, config: TransformerConfig, width: int, groups: int, tp_group: Any) -> None:
+        """Builds a weight of ones.
+
+        Args:
+            config: for the dtype of the weight.
+            width: channels on this rank.
+            groups: SSM groups on this rank.
+            tp_group: the tensor parallel group that the channels are sharded over.
+        """
+        super().__init__()
+        self.groups = groups
+        self.eps = GATED_NORM_EPSILON
+        self.tp_group = tp_group
+        self.weight = torch.nn.Parameter(
+            torch.ones(width, dtype=config.params_dtype, device=torch.cuda.current_device())
+        )
+        self.weight.tensor_model_parallel = True
+        self.weight.partition_dim = 0
+
+    def forward(self, y: torch.Tensor, z: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+        """Gated and normalised `y` `[..., d]`; `z` `[..., d]`, `mask` `[d]`."""
+        return gated_rms_norm(y, z, self.weight, self.groups, self.eps, mask=mask)
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """The weight, sharded along its channels."""
+        metadata = ensure_metadata_has_dp_cp_group(metadata)
+        return make_sharded_tensors_for_checkpoint(
+            self.state_dict(prefix="", keep_vars=True),
+            prefix,
+            {"weight": 0},
+            sharded_offsets,
+            tp_group=self.tp_group,
+            dp_cp_group=metadata["dp_cp_group"],
+        )
+
+
+class LocalMambaMixer(MambaMixer):
+    """Core's Mamba-2 mixer, with this package's torch operations for the scan; for whole sequences, not for decoding."""
+
+    def __init__(self, *args: Any, gated_norm: type[GatedNorm] = GatedNorm, **kwargs: Any) -> None:
+        """Takes what core's mixer takes, and `gated_norm`, the class of the norm after the scan.
+
+        Raises:
+            ElasticError: for options of core's mixer that have no local form.
+        """
+        with without_mamba_kernels():
+            # Without core's own norm, which is a stand-in where the kernels are missing.
+            super().__init__(*args, **kwargs, rmsnorm=False)
+        if not self.use_mem_eff_path or self.D_has_hdim:
+            raise ElasticError(
+                "the local Mamba mixer has one path and one D per head: leave --disable-mamba-mem-eff-path and "
+                "D_has_hdim off"
+            )
+        self.rmsnorm = True
+        self.ssd_chunk = SSD_CHUNK
+        self.norm = gated_norm(self.config, self.d_inner_local_tp, self.ngroups_local_tp, self.tp_group)
+
+    def _ssm_training(self, zxBCdt: torch.Tensor, packed_seq_params: Any = None) -> torch.Tensor:
+        """The scan of `[z | x | B | C | dt]` `[s, b, ...]`, gated and normalised `[s, b, d]`."""
+        if packed_seq_params is not None:
+            raise ElasticError("the local Mamba mixer takes no packed sequences: train on sequences of one length")
+        y, z = self.scan(zxBCdt)
+        return self.norm(self.cp.post_conv_ssm(y), self.cp.post_conv_ssm(z))
+
+    def scan(self, zxBCdt: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Convolution and state space scan, before the gate.
+
+        Args:
+            zxBCdt: output of `in_proj`, `[s, b, 2 * d + 2 * groups * state + heads]`, local to this rank.
+
+        Returns:
+            y and the gate z, both `[s, b, d]`.
+        """
+        cp = self.cp
+        states = cp.ngroups_local_tpcp * self.d_state
+        width = cp.d_inner_local_tpcp
+        z, xBC, dt = zxBCdt.transpose(0, 1).split([width, width + 2 * states, cp.nheads_local_tpcp], dim=-1)
+        xBC = causal_conv1d_silu(xBC, cp.get_conv1d_weight(), cp.get_conv1d_bias())
+        x, B, C = xBC.split([width, states, states], dim=-1)
+        dt_bias, A_log, D = map(at_least_fp32, (cp.get_dt_bias(), cp.get_A_log(), cp.get_D()))
+        y = ssd(
+            x.unflatten(-1, (-1, self.headdim)),
+            torch.nn.functional.softplus(at_least_fp32(dt) + dt_bias),
+            -torch.exp(A_log),
+            B.unflatten(-1, (cp.ngroups_local_tpcp, -1)),
+            C.unflatten(-1, (cp.ngroups_local_tpcp, -1)),
+            D,
+            self.ssd_chunk,
+        )
+        return y.flatten(-2).transpose(0, 1).contiguous(), z.transpose(0, 1)
+
+    def _ssm_prefill(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Refused: it needs the kernels' inference caches."""
+        raise ElasticError(
+            "the local Mamba mixer has no inference cache: run it on whole sequences, outside inference mode"
+        )
+
+
+class LocalHybridStack(HybridStack):
+    """Core's `HybridStack` with a local final norm, for which core hard-codes Transformer Engine's."""
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        submodules: HybridStackSubmodules,
+        *,
+        post_process: bool = True,
+        post_layer_norm: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        """Takes what `HybridStack` takes."""
+        super().__init__(config, submodules, post_process=post_process, post_layer_norm=False, **kwargs)
+        self.post_layer_norm = post_layer_norm
+        if post_process and post_layer_norm:
+            self.final_norm = LocalRMSNorm(config, config.hidden_size, config.layernorm_epsilon)
+
+
+def mamba_layer_spec() -> ModuleSpec:
+    """Core's Mamba layer (`M`) on local modules."""
+    return ModuleSpec(
+        module=MambaLayer,
+        submodules=MambaLayerSubmodules(
+            norm=LocalRMSNorm,
+            mixer=ModuleSpec(
+                module=LocalMambaMixer,
+                submodules=MambaMixerSubmodules(in_proj=ColumnParallelLinear, out_proj=RowParallelLinear),
+            ),
+            mamba_bda=get_bias_dropout_add,
+        ),
+    )
+
+
+def attention_layer_spec() -> ModuleSpec:
+    """Core's causal attention layer (`*`) on local modules."""
+    return ModuleSpec(
+        module=TransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=LocalRMSNorm,
+            self_attention=ModuleSpec(
+                module=SelfAttention,
+                params={"attn_mask_type": AttnMaskType.causal},
+                submodules=SelfAttentionSubmodules(
+                    linear_qkv=ColumnParallelLinear,
+                    core_attention=DotProductAttention,
+                    linear_proj=RowParallelLinear,
+                ),
+            ),
+            self_attn_bda=get_bias_dropout_add,
+        ),
+    )
+
+
+def mlp_layer_spec() -> ModuleSpec:
+    """Core's MLP layer (`-`) on local modules."""
+    return ModuleSpec(
+        module=MLPLayer,
+        submodules=TransformerLayerSubmodules(
+            pre_mlp_layernorm=LocalRMSNorm,
+            mlp=partial(
+                MLP.as_mlp_submodule,
+                submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear),
+            ),
+            mlp_bda=get_bias_dropout_add,
+        ),
+    )
+
+
+plain_stack_spec = ModuleSpec(
+    module=LocalHybridStack,
+    submodules=HybridStackSubmodules(
+        mamba_layer=mamba_layer_spec(), attention_layer=attention_layer_spec(), mlp_layer=mlp_layer_spec()
+    ),
+)
+"""The whole stack. An object, not a function: `--spec` takes the attribute as it is."""

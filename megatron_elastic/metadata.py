@@ -1,0 +1,114 @@
+"""What a checkpoint says about itself: the family's (or the submodel's) description, stored inside it as one tensor."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_elastic.axes import AXES
+from megatron_elastic.budget import Budget, Selection
+from megatron_elastic.errors import CheckpointError
+from megatron_elastic.layout import ModelShape
+
+KEY = "elastic.metadata"
+"""Name of the metadata tensor in a checkpoint."""
+SCHEMA = 1
+CAPACITY = 1 << 16
+"""Bytes reserved: a fixed size, so that the tensor's shape does not depend on what it says."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Metadata:
+    """Description of a sorted parent, a family or an extracted submodel.
+
+    Attributes:
+        kind: `sorted`, `family` or `extracted`.
+        shape: of the weights in this checkpoint.
+        ffn_blocks: blocks of the `ffn` axis; the other axes' blocks follow from the shape.
+        flags: Megatron's own model flags (without dashes), enough to build the model.
+        choices: axis -> descending choices (families only).
+        budgets: largest first (families only).
+        selections: one per budget when decided, else empty.
+        stage: curriculum stage that wrote the checkpoint, from 1 (families only).
+        iteration: optimizer steps made over all stages.
+        budget: name of the extracted budget (extracted only).
+    """
+
+    kind: str
+    shape: ModelShape
+    ffn_blocks: int
+    flags: Mapping[str, Any]
+    choices: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    budgets: tuple[Budget, ...] = ()
+    selections: tuple[Selection, ...] = ()
+    stage: int = 0
+    iteration: int = 0
+    budget: str = ""
+
+    def to_json(self) -> str:
+        """One JSON object, schema version inside."""
+        values = asdict(self)
+        values["schema"] = SCHEMA
+        return json.dumps(values, sort_keys=True)
+
+    @classmethod
+    def from_json(cls, text: str) -> "Metadata":
+        """Reads what `to_json` wrote.
+
+        Raises:
+            CheckpointError: not JSON, or a schema newer than this version knows.
+        """
+        try:
+            values = json.loads(text)
+            schema = values.pop("schema")
+        except (ValueError, KeyError, AttributeError) as error:
+            raise CheckpointError(f"{KEY}: not a description of an elastic checkpoint ({error})") from error
+        if schema != SCHEMA:
+            raise CheckpointError(f"{KEY}: schema {schema}, this version reads schema {SCHEMA}: update megatron_elastic")
+        values["shape"] = ModelShape.from_dict(values["shape"])
+        values["choices"] = {axis: tuple(sizes) for axis, sizes in values["choices"].items()}
+        values["budgets"] = tuple(Budget(**budget) for budget in values["budgets"])
+        values["selections"] = tuple(Selection.from_dict(kept) for kept in values["selections"])
+        return cls(**values)
+
+    def to_tensor(self) -> Tensor:
+        """The JSON, padded with spaces, `[CAPACITY]` uint8."""
+        raw = self.to_json().encode()
+        if len(raw) > CAPACITY:
+            raise CheckpointError(f"{KEY}: {len(raw)} bytes, {CAPACITY} are reserved: use fewer choices or budgets")
+        return torch.frombuffer(bytearray(raw.ljust(CAPACITY)), dtype=torch.uint8).clone()
+
+    @classmethod
+    def from_tensor(cls, tensor: Tensor) -> "Metadata":
+        """Reads what `to_tensor` wrote."""
+        return cls.from_json(bytes(tensor.cpu().numpy().tobytes()).decode(errors="replace"))
+
+    def selection_of(self, name: str) -> Selection:
+        """The decided selection of a budget.
+
+        Raises:
+            CheckpointError: no such budget, or its selection is not decided yet.
+        """
+        names = [budget.name for budget in self.budgets]
+        if name not in names:
+            raise CheckpointError(f"budget {name!r}: the family has {names}")
+        if not self.selections:
+            raise CheckpointError(f"budget {name!r}: not decided yet (the router still learns): train the family further")
+        return self.selections[names.index(name)]
+
+    def same_family(self, other: "Metadata") -> list[str]:
+        """What makes a checkpoint another family than this one (empty when it is the same)."""
+        found = []
+        for name in ("kind", "shape", "ffn_blocks", "choices", "budgets"):
+            mine, theirs = getattr(self, name), getattr(other, name)
+            if mine != theirs:
+                found.append(f"{name}: the recipe has {mine}, the checkpoint {theirs}")
+        return found
+
+
+def axis_choices(choices: Mapping[str, Sequence[int]]) -> dict[str, tuple[int, ...]]:
+    """Choices of every axis, in the order of `AXES`, as tuples."""
+    return {axis: tuple(choices[axis]) for axis in AXES}

@@ -1,0 +1,86 @@
+"""What a run says besides Megatron's own log: the router over steps, the decision, and the accounting in base samples."""
+
+import time
+from typing import Any
+
+import torch
+from megatron.training import get_tensorboard_writer, get_wandb_writer
+
+from megatron_elastic.axes import AXES
+from megatron_elastic.config import Recipe
+from megatron_elastic.cost_model import forward_flops_per_token, parameters
+from megatron_elastic.metadata import Metadata
+
+
+def joint_flops_per_token(recipe: Recipe, metadata: Metadata, sequence_length: int) -> int:
+    """Floating point operations of one joint step for one base token: teacher forward, every student's forward and backward.
+
+    While the router learns every student runs at full width. Teacher's LM head counts once a budget.
+    """
+    shape, budgets = recipe.family.shape, len(recipe.family.budgets)
+    full = forward_flops_per_token(shape, shape.full, sequence_length)
+    kept = metadata.selections or (recipe.family.full,) * budgets
+    students = sum(forward_flops_per_token(shape, s.as_dict(), sequence_length) for s in kept)
+    heads = (budgets - 1) * 2 * shape.vocab * shape.hidden
+    return full + heads + 3 * students
+
+
+class StepLog:
+    """Writes to the console of rank 0, and to TensorBoard and wandb where Megatron made writers (the last rank)."""
+
+    def __init__(self, recipe: Recipe, stage: int, interval: int) -> None:
+        self.recipe, self.stage, self.interval = recipe, stage, max(1, interval)
+        self._since: tuple[int, float] | None = None
+
+    def _say(self, text: str) -> None:
+        if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
+            print(text, flush=True)
+
+    def _base_samples(self, iteration: int) -> int:
+        stage = self.recipe.stages[self.stage - 1]
+        inside = iteration - self.recipe.iterations_before(self.stage)
+        return self.recipe.base_samples_before(self.stage) + inside * stage.global_batch_size
+
+    def step(self, iteration: int, state: Any) -> None:
+        """Called before each optimizer step with the iterations already made."""
+        self._router(iteration, state)
+        if iteration % self.interval:
+            return
+        stage = self.recipe.stages[self.stage - 1]
+        text = f"elastic | stage {self.stage} | iteration {iteration} | base samples {self._base_samples(iteration)}"
+        now = time.monotonic()
+        if self._since is not None and iteration > self._since[0]:
+            tokens = (iteration - self._since[0]) * stage.global_batch_size * stage.sequence_length
+            rate = tokens / (now - self._since[1])
+            flops = joint_flops_per_token(self.recipe, state.metadata, stage.sequence_length)
+            text += f" | base tokens/s {rate:.0f} | joint GFLOP/s {rate * flops / 1e9:.1f}"
+        self._since = iteration, now
+        self._say(text)
+
+    def _router(self, iteration: int, state: Any) -> None:
+        writer, wandb = get_tensorboard_writer(), get_wandb_writer()
+        trainer = state.trainer
+        if trainer is None or state.metadata.selections or (writer is None and not wandb):
+            return
+        router, values = trainer.router, {}
+        with torch.no_grad():
+            for index, budget in enumerate(router.budgets):
+                made = {axis: router.probabilities(index, axis, iteration, noise=False) for axis in AXES}
+                for axis in AXES:
+                    for choice, probability in zip(router.choices[axis], made[axis].tolist(), strict=True):
+                        values[f"router/{budget.name}/{axis}/{choice}"] = probability
+                values[f"router/{budget.name}/cost_over_target"] = router.expected_cost(index, made).item()
+        for name, value in values.items():
+            if writer is not None:
+                writer.add_scalar(name, value, iteration)
+        if wandb:
+            wandb.log(values, iteration)
+
+    def decided(self, iteration: int, metadata: Metadata) -> None:
+        """Called once, when the router is frozen."""
+        shape = metadata.shape
+        parent = parameters(shape, shape.full)
+        self._say(f"elastic | iteration {iteration} | the router is frozen; training goes on sliced")
+        for budget, selection in zip(metadata.budgets, metadata.selections, strict=True):
+            share = parameters(shape, selection.as_dict()) / parent
+            self._say(f"elastic |   {budget.name}: {selection.as_dict()} = {share:.4f} of {parent} parameters")

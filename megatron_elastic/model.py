@@ -1,0 +1,292 @@
+"""The elastic hybrid model, and its registration with Megatron's hybrid model builder."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import torch
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
+from megatron.core.models.hybrid.hybrid_model import HybridModel
+from megatron.core.pipeline_parallel.utils import is_pp_first_stage, is_pp_last_stage
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.training.models.hybrid import HybridModelBuilder, HybridModelConfig
+from torch import Tensor
+
+from megatron_elastic import metadata as family_metadata
+from megatron_elastic.budget import Selection
+from megatron_elastic.errors import CheckpointError
+from megatron_elastic.family import Family
+from megatron_elastic.layers.linear import ElasticLMHead, TeacherTarget
+from megatron_elastic.metadata import Metadata
+from megatron_elastic.router import RouterTrainer
+from megatron_elastic.specs import elastic_stack_spec
+
+ROUTER_PREFIX = "elastic.router."
+
+
+class FamilyState:
+    """What a family has besides weights: its description and, while one exists, its router. Saved with the model."""
+
+    def __init__(self, metadata: Metadata, trainer: RouterTrainer | None) -> None:
+        self.metadata = metadata
+        self.trainer = trainer
+        self.loaded = False
+
+    def update(self, **values: Any) -> None:
+        """Replaces fields of the metadata."""
+        self.metadata = replace(self.metadata, **values)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Live tensors to save, by checkpoint key."""
+        found = {family_metadata.KEY: self.metadata.to_tensor()}
+        if self.trainer is not None:
+            found.update({ROUTER_PREFIX + name: tensor for name, tensor in self.trainer.tensors().items()})
+        return found
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Takes over what a checkpoint holds.
+
+        Raises:
+            CheckpointError: the checkpoint has no description, no router, or is another family's.
+        """
+        own = self.tensors()
+        missing = sorted(set(own) - set(tensors))
+        if missing:
+            raise CheckpointError(f"not a family of this recipe: {missing[:3]} missing; load a family checkpoint")
+        found = Metadata.from_tensor(tensors[family_metadata.KEY])
+        different = self.metadata.same_family(found)
+        if different:
+            raise CheckpointError("the checkpoint is another family: " + "; ".join(different))
+        self.update(selections=found.selections, stage=found.stage, iteration=found.iteration)
+        with torch.no_grad():
+            for name, tensor in own.items():
+                if name != family_metadata.KEY:
+                    tensor.copy_(tensors[name])
+        self.loaded = True
+
+
+class _ScaleGradient(torch.autograd.Function):
+    """Identity whose gradient is scaled: a replicated use counts once, not once a tensor-parallel rank."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, factor: float) -> Tensor:
+        ctx.factor = factor
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return gradient * ctx.factor, None
+
+
+class _Tie(torch.autograd.Function):
+    """The teacher's output with a zero gradient for the tensor this stage received.
+
+    Core's backward skips a tensor without gradient, and the previous stage would then wait forever. The output is never a
+    view (the schedule frees its storage), and never `0 * x` (an infinity would become NaN).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, received: Tensor) -> Tensor:
+        ctx.like = received.shape, received.dtype, received.device
+        result = output.new_empty(1)
+        result.data = output
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, _: Tensor) -> tuple[None, Tensor]:  # type: ignore[override]
+        shape, dtype, device = ctx.like
+        return None, torch.zeros(shape, dtype=dtype, device=device)
+
+
+class ElasticHybridModel(HybridModel):
+    """`HybridModel` that runs the parent, any soft selection of it, or any slice of it."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        # In tuples, not as submodules: neither is saved by name, hooked by DDP, put into an optimizer or into train mode.
+        self.teachers: tuple[ElasticHybridModel, ...] = ()
+        self.states: tuple[FamilyState, ...] = ()
+        if self.post_process:
+            self.output_layer = ElasticLMHead(
+                self.config.hidden_size,
+                self.vocab_size,
+                config=self.config,
+                init_method=self.config.init_method,
+                bias=False,
+                skip_bias_add=False,
+                gather_output=not self.parallel_output,
+                tp_group=self.pg_collection.tp,
+            )
+            self.setup_embeddings_and_output_layer()
+
+    def set_input_tensor(self, input_tensor: Any) -> None:
+        """Hands the received tensor to this stage, and to the teacher's."""
+        super().set_input_tensor(input_tensor)
+        for teacher in self.teachers:
+            teacher.set_input_tensor(input_tensor)
+
+    def trunk(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        *,
+        selection: Selection | None = None,
+        probabilities: Mapping[str, Tensor] | None = None,
+    ) -> Tensor:
+        """Everything but the LM head: tokens `[b, s]` -> `[s, b, kept hidden]` (`[s / TP, ...]` with SP)."""
+        x = self.embedding(input_ids=input_ids, position_ids=position_ids) if self.pre_process else None
+        rotary = None
+        if self.position_embedding_type == "rope":
+            length = self.rotary_pos_emb.get_rotary_seq_len(None, self.decoder, x, self.config, None)
+            rotary = self.rotary_pos_emb(length)
+        tp_size = self.pg_collection.tp.size()
+        if probabilities is not None and tp_size > 1 and not self.config.sequence_parallel:
+            scaled = _ScaleGradient.apply(probabilities["hidden"], 1.0 / tp_size)
+            probabilities = {**probabilities, "hidden": scaled}
+        output: Tensor = self.decoder(x, rotary, selection=selection, probabilities=probabilities)
+        return output
+
+    def _head_segments(self, selection: Selection | None) -> Any:
+        return None if selection is None else self.decoder.plans.of(selection).segments["output_layer.weight"]
+
+    def forward(  # type: ignore[override]
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        selection: Selection | None = None,
+        probabilities: Mapping[str, Tensor] | None = None,
+        run_teacher: bool = False,
+        teacher: TeacherTarget | None = None,
+        labels: Tensor | None = None,
+        loss_mask: Tensor | None = None,
+        temperature: float = 1.0,
+    ) -> Tensor:
+        """One microbatch in one role.
+
+        Args:
+            input_ids: `[b, s]`.
+            position_ids: `[b, s]`.
+            attention_mask: refused; attention is causal.
+            selection: runs the slice of this selection.
+            probabilities: axis -> `[choices]` fp32: runs under soft masks. By keyword, so that mixed precision leaves it be.
+            run_teacher: runs the frozen teacher instead and returns its final hidden states.
+            teacher: on the last stage, returns the summed KD loss against it.
+            labels: `[b, s]`: on the last stage, returns the summed cross entropy (no gradient).
+            loss_mask: `[b, s]`, required for a loss.
+            temperature: of the KD softmax.
+
+        Returns:
+            Hidden states `[s, b, h]` before the last stage and for the teacher; on the last stage the 0-dim loss sum, or the
+            logits `[b, s, V / TP]` where neither `teacher` nor `labels` is given.
+        """
+        if attention_mask is not None:
+            raise ValueError("attention_mask: elastic attention is causal; pass None (--no-create-attention-mask-in-dataloader)")
+        if run_teacher:
+            return self._teacher_forward(input_ids, position_ids)
+        hidden = self.trunk(input_ids, position_ids, selection=selection, probabilities=probabilities)
+        if not self.post_process:
+            return hidden
+        output, _ = self.output_layer(
+            hidden,
+            segments=self._head_segments(selection),
+            teacher=teacher,
+            labels=labels,
+            token_weights=loss_mask,
+            temperature=temperature,
+        )
+        if teacher is None and labels is None:
+            return output.transpose(0, 1).contiguous()
+        result: Tensor = output
+        return result
+
+    def _teacher_forward(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+        if not self.teachers:
+            raise ValueError("run_teacher: this model has no teacher")
+        received = None if self.pre_process else self.decoder.input_tensor
+        with torch.no_grad():
+            hidden = self.teachers[0].trunk(input_ids, position_ids)
+        if received is None or not received.requires_grad:
+            return hidden
+        return _Tie.apply(hidden, received)  # type: ignore[no-any-return]
+
+    def teacher_target(self, hidden: Tensor) -> TeacherTarget:
+        """What the students of a batch are compared with: the teacher's final hidden states and its LM head."""
+        return TeacherTarget(hidden.detach(), self.teachers[0].output_layer.weight.detach())
+
+    def sharded_state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Adds the family's state under keys that do not depend on the layout (first model chunk only)."""
+        found: dict[str, Any] = super().sharded_state_dict(*args, **kwargs)
+        groups = self.pg_collection
+        replica = groups.pp.rank(), groups.tp.rank(), groups.dp_cp.rank()
+        for state in self.states:
+            for key, tensor in state.tensors().items():
+                found[key] = ShardedTensor.from_rank_offsets(key, tensor, replica_id=replica)
+        return found
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, **kwargs: Any) -> Any:
+        """Takes the family's state out of the state dict and loads the rest as core does."""
+        own = {key: state_dict[key] for key in state_dict if key.startswith("elastic.")}
+        for state in self.states:
+            state.load(own)
+        rest = {key: value for key, value in state_dict.items() if key not in own}
+        return super().load_state_dict(rest, strict=strict, **kwargs)
+
+
+@dataclass(kw_only=True)
+class ElasticModelConfig(HybridModelConfig):
+    """`HybridModelConfig` whose builder is ours.
+
+    Attributes:
+        family: what is elastic.
+        on_build: called with each model chunk and its virtual stage before it is wrapped (loads weights, adds a teacher).
+    """
+
+    builder: ClassVar[str] = "megatron_elastic.model.ElasticModelBuilder"
+    family: Family | None = None
+    on_build: Callable[["ElasticModelBuilder", ElasticHybridModel, ProcessGroupCollection, int | None], None] | None = None
+
+
+class ElasticModelBuilder(HybridModelBuilder):
+    """Builds `ElasticHybridModel` where core's builder builds `HybridModel`."""
+
+    def build_plain(
+        self,
+        pg_collection: ProcessGroupCollection,
+        pre_process: bool | None = None,
+        post_process: bool | None = None,
+        vp_stage: int | None = None,
+    ) -> ElasticHybridModel:
+        """One model chunk with initial weights, and nothing attached."""
+        settings = self._model_config
+        assert settings.family is not None
+        return ElasticHybridModel(
+            config=settings.transformer,
+            hybrid_stack_spec=elastic_stack_spec(settings.family),
+            vocab_size=settings.family.shape.vocab,
+            max_sequence_length=settings.seq_length,
+            hybrid_layer_pattern=settings.hybrid_layer_pattern,
+            parallel_output=True,
+            share_embeddings_and_output_weights=False,
+            position_embedding_type=settings.position_embedding_type,
+            rotary_percent=settings.rotary_percent,
+            rotary_base=settings.rotary_base,
+            pre_process=is_pp_first_stage(pg_collection.pp) if pre_process is None else pre_process,
+            post_process=is_pp_last_stage(pg_collection.pp) if post_process is None else post_process,
+            pg_collection=pg_collection,
+            vp_stage=vp_stage,
+        )
+
+    def build_model(
+        self,
+        pg_collection: ProcessGroupCollection,
+        pre_process: bool | None = None,
+        post_process: bool | None = None,
+        vp_stage: int | None = None,
+    ) -> ElasticHybridModel:
+        """One model chunk, finished by the config's `on_build`."""
+        model = self.build_plain(pg_collection, pre_process, post_process, vp_stage)
+        if self._model_config.on_build is not None:
+            self._model_config.on_build(self, model, pg_collection, vp_stage)
+        return model

@@ -1,0 +1,64 @@
+"""Depthwise causal convolution followed by SiLU, as Mamba applies to its packed `x | B | C` channels."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+
+def causal_conv1d_silu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """`silu(bias + sum_i weight[:, 0, i] * x[t - (k - 1) + i])` per channel; tokens before the first one are zero.
+
+    Runs as `k` shifted products, which on CPU takes half the time of a grouped `conv1d`.  Computed in at least fp32.
+
+    Args:
+        x: `[b, l, d]`, of any strides.
+        weight: `[d, 1, k]`.
+        bias: `[d]`.
+
+    Returns:
+        `[b, l, d]` in the dtype of `x`.
+    """
+    y: Tensor = _ShiftedProducts.apply(x, weight, bias)  # type: ignore[no-untyped-call]
+    return y
+
+
+def causal_conv1d_silu_ref(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """`causal_conv1d_silu` through `conv1d`; shapes as there."""
+    padded = F.pad(x.transpose(1, 2), (weight.size(-1) - 1, 0))
+    return F.silu(F.conv1d(padded, weight.to(x.dtype), bias.to(x.dtype), groups=weight.size(0))).transpose(1, 2)
+
+
+class _ShiftedProducts(torch.autograd.Function):
+    """Products accumulate in place; the backward keeps only the input and the value before SiLU."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        compute = torch.promote_types(x.dtype, torch.float32)
+        inputs, taps = x.to(compute), weight[:, 0].to(compute).t().contiguous()
+        last, length = taps.size(0) - 1, x.size(1)
+        y = torch.mul(inputs, taps[last]).add_(bias.to(compute))
+        for shift in range(1, min(last + 1, length)):
+            y[:, shift:].addcmul_(inputs[:, :-shift], taps[last - shift])
+        ctx.save_for_backward(x, weight, y)
+        ctx.bias_dtype = bias.dtype
+        return F.silu(y).to(x.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        x, weight, y = ctx.saved_tensors
+        inputs, taps = x.to(y.dtype), weight[:, 0].to(y.dtype).t().contiguous()
+        last, length = taps.size(0) - 1, x.size(1)
+        dy = torch.ops.aten.silu_backward(grad.to(y.dtype), y)
+        dx, d_taps = dy * taps[last], torch.zeros_like(taps)
+        product = inputs * dy
+        d_taps[last] = product.sum((0, 1))
+        for shift in range(1, min(last + 1, length)):
+            dx[:, :-shift].addcmul_(dy[:, shift:], taps[last - shift])
+            shifted = torch.mul(inputs[:, :-shift], dy[:, shift:], out=product[:, :-shift])
+            d_taps[last - shift] = shifted.sum((0, 1))
+        d_weight = d_taps.t()[:, None].to(weight.dtype)
+        return dx.to(x.dtype), d_weight, dy.sum((0, 1)).to(ctx.bias_dtype)

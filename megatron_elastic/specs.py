@@ -1,0 +1,62 @@
+"""The elastic hybrid layer spec: what Megatron's hybrid model builder is given instead of its own."""
+
+from functools import partial
+
+from megatron.core.models.hybrid.hybrid_block import HybridStackSubmodules
+from megatron.core.ssm.mamba_layer import MambaLayerSubmodules
+from megatron.core.ssm.mamba_mixer import MambaMixerSubmodules
+from megatron.core.transformer.attention import SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.identity_op import IdentityFuncOp
+from megatron.core.transformer.mlp import MLPSubmodules
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
+
+from megatron_elastic.family import Family
+from megatron_elastic.layers.attention import ElasticAttentionLayer, ElasticSelfAttention, NoCoreAttention
+from megatron_elastic.layers.linear import ElasticColumnParallelLinear, ElasticRowParallelLinear
+from megatron_elastic.layers.mamba import ElasticMambaLayer, ElasticMambaMixer
+from megatron_elastic.layers.mlp import ElasticMLP, ElasticMLPLayer
+from megatron_elastic.layers.norm import ElasticGatedNorm, ElasticRMSNorm
+from megatron_elastic.layers.stack import ElasticStack
+
+
+def elastic_stack_spec(family: Family) -> ModuleSpec:
+    """The spec of an elastic stack for one family: elastic mixers, attention, MLP and norms on the local backend."""
+    mamba = ModuleSpec(
+        module=ElasticMambaLayer,
+        submodules=MambaLayerSubmodules(
+            norm=ElasticRMSNorm,
+            mixer=ModuleSpec(
+                module=ElasticMambaMixer,
+                params={"gated_norm": ElasticGatedNorm},
+                submodules=MambaMixerSubmodules(in_proj=ElasticColumnParallelLinear, out_proj=ElasticRowParallelLinear),
+            ),
+            mamba_bda=IdentityFuncOp,
+        ),
+    )
+    attention = ModuleSpec(
+        module=ElasticAttentionLayer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=ElasticRMSNorm,
+            self_attention=ModuleSpec(
+                module=ElasticSelfAttention,
+                params={"attn_mask_type": AttnMaskType.causal},
+                submodules=SelfAttentionSubmodules(
+                    linear_qkv=ElasticColumnParallelLinear,
+                    core_attention=NoCoreAttention,
+                    linear_proj=ElasticRowParallelLinear,
+                ),
+            ),
+        ),
+    )
+    linears = MLPSubmodules(linear_fc1=ElasticColumnParallelLinear, linear_fc2=ElasticRowParallelLinear)
+    mlp = ModuleSpec(
+        module=ElasticMLPLayer,
+        submodules=TransformerLayerSubmodules(
+            pre_mlp_layernorm=ElasticRMSNorm,
+            mlp=partial(ElasticMLP.as_mlp_submodule, submodules=linears),
+        ),
+    )
+    layers = HybridStackSubmodules(mamba_layer=mamba, attention_layer=attention, mlp_layer=mlp)
+    return ModuleSpec(module=ElasticStack, params={"family": family}, submodules=layers)

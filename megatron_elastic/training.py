@@ -1,0 +1,288 @@
+"""Runs inside `megatron.training.pretrain()`: the parent's training and the elastic stages. Wiring only, no maths."""
+
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
+from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+from megatron.core.enums import ModelType
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.training import get_args, get_tokenizer, pretrain
+from megatron.training.argument_utils import hybrid_config_from_args, pretrain_cfg_container_from_args
+from megatron.training.arguments import parse_and_validate_args
+from megatron.training.models.hybrid import HybridModelConfig
+
+from megatron_elastic.checkpoint import find_checkpoint, read_metadata
+from megatron_elastic.config import Recipe, Stage
+from megatron_elastic.distillation.roles import RoleDataset
+from megatron_elastic.errors import CheckpointError
+from megatron_elastic.family import Family
+from megatron_elastic.forward_step import JointStep
+from megatron_elastic.layers.plain import plain_stack_spec
+from megatron_elastic.metadata import Metadata
+from megatron_elastic.metrics import StepLog
+from megatron_elastic.model import ElasticHybridModel, ElasticModelBuilder, ElasticModelConfig, FamilyState
+from megatron_elastic.router import Router, RouterTrainer
+from megatron_elastic.schedule import stage_argv
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextRun:
+    """Where the text of a stage comes from.
+
+    Attributes:
+        train, validation: data prefixes.
+        seed: of the shuffle; every stage has its own.
+        roles: microbatches each base microbatch becomes.
+        start: samples (all roles) that earlier stages consumed.
+        samples: base samples of this stage.
+    """
+
+    train: str
+    validation: str
+    seed: int
+    roles: int
+    start: int
+    samples: int
+
+    is_distributed = True  # core then builds the data sets on every tensor- and pipeline-parallel rank
+
+    def __call__(self, sizes: Sequence[int], vp_stage: int | None = None) -> tuple[Any, Any, None]:
+        """Megatron's data set provider; what it asks for (`sizes`) counts every role."""
+        args = get_args()
+        dp = parallel_state.get_data_parallel_world_size()
+        period = args.eval_iters * args.eval_global_batch_size // self.roles
+        config = GPTDatasetConfig(
+            random_seed=self.seed,
+            sequence_length=args.seq_length,
+            blend=None,
+            blend_per_split=[([self.train], None), ([self.validation], None), None],
+            split=None,
+            tokenizer=get_tokenizer(),
+            path_to_cache=None,
+            reset_position_ids=False,
+            reset_attention_mask=False,
+            eod_mask_loss=False,
+            create_attention_mask=False,
+            mid_level_dataset_surplus=0.005,
+        )
+        wanted = [self.samples, period, 0]
+        base = BlendedMegatronDatasetBuilder(GPTDataset, wanted, lambda: True, config).build()
+        group = args.micro_batch_size * dp
+        train = RoleDataset(base[0], roles=self.roles, group=group, samples=self.samples, start=self.start)
+        if not period:
+            return train, None, None
+        group = args.eval_micro_batch_size * dp
+        valid = RoleDataset(
+            base[1],
+            roles=self.roles,
+            group=group,
+            # As many as Megatron will draw over the whole run, what is already consumed included.
+            samples=-(-(sizes[1] or 0) // self.roles) + args.consumed_valid_samples,
+            start=args.consumed_valid_samples % (group * self.roles),
+            period=period,
+        )
+        return train, valid, None
+
+
+def _parse(argv: list[str]) -> Any:
+    """Megatron's own parser and validation on flags made from a recipe."""
+    sys.argv = [sys.argv[0], *argv]
+    return parse_and_validate_args(args_defaults={})
+
+
+def family_metadata(recipe: Recipe, stage: int) -> Metadata:
+    """The description of the family that a recipe declares."""
+    family = recipe.family
+    return Metadata(
+        kind="family",
+        shape=family.shape,
+        ffn_blocks=family.ffn_blocks,
+        flags=recipe.megatron,
+        choices=dict(family.choices),
+        budgets=family.budgets,
+        selections=recipe.selections,
+        stage=stage,
+    )
+
+
+def load_parent(model: ElasticHybridModel, path: str | Path) -> None:
+    """Loads a parent's weights into a model that has no family state yet.
+
+    Raises:
+        CheckpointError: no checkpoint there, or not this parent's.
+    """
+    found = find_checkpoint(path)
+    template = model.sharded_state_dict()
+    try:
+        loaded = dist_checkpointing.load(template, str(found))
+        model.load_state_dict(loaded, strict=True)
+    except (RuntimeError, KeyError, ValueError, dist_checkpointing.core.CheckpointingException) as error:
+        raise CheckpointError(f"{found}: not a checkpoint of the parent that the recipe describes: {error}") from error
+
+
+class _Attach:
+    """Finishes each model chunk: parent's weights, frozen teacher, family state, gradient hook."""
+
+    def __init__(self, recipe: Recipe, state: FamilyState, step: JointStep) -> None:
+        self.recipe, self.state, self.step = recipe, state, step
+
+    def __call__(
+        self,
+        builder: ElasticModelBuilder,
+        model: ElasticHybridModel,
+        pg_collection: ProcessGroupCollection,
+        vp_stage: int | None,
+    ) -> None:
+        load_parent(model, self.recipe.parent)
+        teacher = builder.build_plain(pg_collection, model.pre_process, model.post_process, vp_stage)
+        load_parent(teacher, self.recipe.parent)
+        teacher.requires_grad_(False)
+        teacher.eval()
+        teacher.cuda(torch.cuda.current_device())
+        model.teachers = (teacher,)
+        if not vp_stage:
+            model.states = (self.state,)
+            self.step.attach(model.config)
+
+
+def make_router(recipe: Recipe, family: Family) -> Router | None:
+    """The recipe's router, or None where it gives the selections."""
+    if recipe.router is None:
+        return None
+    return Router(recipe.router, shape=family.shape, choices=family.choices, budgets=family.budgets)
+
+
+def train_stage(recipe: Recipe, number: int) -> None:
+    """One elastic stage, in its own process group, continuing the family where it stands.
+
+    Args:
+        recipe: checked recipe.
+        number: of the stage, from 1.
+    """
+    stage = recipe.stages[number - 1]
+    args = _parse(
+        stage_argv(
+            recipe.megatron,
+            recipe.stages,
+            number,
+            roles=recipe.roles,
+            save=recipe.save,
+            save_interval=recipe.save_interval,
+            eval_interval=recipe.evaluation.interval,
+            eval_iterations=recipe.evaluation.iterations,
+            cuda=torch.cuda.is_available(),
+        )
+    )
+    router = make_router(recipe, recipe.family)
+    if router is not None:
+        router.to(torch.cuda.current_device())
+    trainer = None if router is None else RouterTrainer(router, stage.weights)
+    state = FamilyState(family_metadata(recipe, number), trainer)
+    step = JointStep(recipe, state, stage.weights, StepLog(recipe, number, args.log_interval))
+    config = hybrid_config_from_args(args, model_config_cls=ElasticModelConfig)
+    config.family = recipe.family
+    config.on_build = _Attach(recipe, state, step)
+    text = TextRun(
+        train=recipe.train_data,
+        validation=recipe.validation_data,
+        seed=args.seed + number,
+        roles=recipe.roles,
+        start=recipe.base_samples_before(number) * recipe.roles,
+        samples=stage.iterations * stage.global_batch_size,
+    )
+    pretrain(pretrain_cfg_container_from_args(args, config), text, ModelType.encoder_or_decoder, step)
+
+
+def family_position(recipe: Recipe) -> int:
+    """Optimizer steps that the saved family has made; 0 where there is none.
+
+    Raises:
+        CheckpointError: what is saved there is not this recipe's family.
+    """
+    if not (Path(recipe.save) / "latest_checkpointed_iteration.txt").exists():
+        return 0
+    path = find_checkpoint(recipe.save)
+    found = read_metadata(path)
+    if found is None:
+        raise CheckpointError(f"{path}: not a family (no description inside): choose another `save`")
+    saved = Metadata.from_json(found) if isinstance(found, str) else found
+    different = family_metadata(recipe, 0).same_family(saved)
+    if different:
+        raise CheckpointError(f"{path}: another family is saved there: {'; '.join(different)}; choose another `save`")
+    return saved.iteration
+
+
+def _causal_loss(mask: torch.Tensor) -> Callable[[torch.Tensor], Any]:
+    def loss(output: torch.Tensor) -> Any:
+        flat = mask.reshape(-1).float()
+        summed, count = (output.reshape(-1).float() * flat).sum(), flat.sum()
+        return summed, count.to(torch.int), {"lm loss": torch.stack([summed.detach(), count])}
+
+    return loss
+
+
+def plain_forward_step(data_iterator: Any, model: Any) -> tuple[torch.Tensor, Callable[[torch.Tensor], Any]]:
+    """Megatron's `forward_step_func` for an ordinary model: next-token cross entropy."""
+    batch = next(data_iterator)
+    device = next(model.parameters()).device
+    moved = {key: batch[key].to(device, non_blocking=True) for key in ("tokens", "position_ids", "labels", "loss_mask")}
+    output = model(moved["tokens"], moved["position_ids"], None, labels=moved["labels"])
+    return output, _causal_loss(moved["loss_mask"])
+
+
+def train_plain(
+    flags: Mapping[str, Any],
+    stages: Sequence[Stage],
+    number: int,
+    *,
+    train_data: str,
+    validation_data: str,
+    save: str,
+    save_interval: int,
+    evaluation: tuple[int, int],
+) -> None:
+    """Trains a stock hybrid model with cross entropy: the parent, or a baseline of a submodel's shape.
+
+    Args:
+        flags: Megatron's model, optimizer and layout flags.
+        stages: curriculum; the text of a stage is that of an elastic run with the same stage and seed.
+        number: of the stage, from 1.
+        train_data, validation_data: data prefixes.
+        save: checkpoint folder.
+        save_interval: optimizer steps.
+        evaluation: interval in steps, and batches.
+    """
+    args = _parse(
+        stage_argv(
+            flags,
+            stages,
+            number,
+            roles=1,
+            save=save,
+            save_interval=save_interval,
+            eval_interval=evaluation[0],
+            eval_iterations=evaluation[1],
+            cuda=torch.cuda.is_available(),
+        )
+    )
+    config = hybrid_config_from_args(args, model_config_cls=HybridModelConfig)
+    config.hybrid_stack_spec = plain_stack_spec()
+    before = sum(s.iterations * s.global_batch_size for s in stages[: number - 1])
+    text = TextRun(
+        train=train_data,
+        validation=validation_data,
+        seed=args.seed + number,
+        roles=1,
+        start=before,
+        samples=stages[number - 1].iterations * stages[number - 1].global_batch_size,
+    )
+    pretrain(
+        pretrain_cfg_container_from_args(args, config), text, ModelType.encoder_or_decoder, plain_forward_step
+    )
+

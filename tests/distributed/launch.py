@@ -1,0 +1,59 @@
+"""Starts a script on several CPU ranks, for tests."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def _free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port: int = found.getsockname()[1]
+        return port
+
+
+def run_ranks(script: str | Path, nproc: int, *args: object, timeout: float = 180) -> str:
+    """Runs `script` under torchrun on `nproc` ranks without a GPU, and fails the test with the end of its output.
+
+    Args:
+        script: path, absolute or relative to this folder. It needs a `__main__` guard: saving starts processes.
+        nproc: ranks on this machine.
+        args: the script's own arguments.
+        timeout: seconds.
+
+    Returns:
+        What the ranks wrote to stdout and stderr.
+    """
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "1", "--nproc-per-node", str(nproc)]
+    command = [*launcher, "--master-addr", "127.0.0.1", "--master-port", str(_free_port())]
+    command += [str(Path(__file__).parent / script), *map(str, args)]
+    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+    with subprocess.Popen(
+        command,
+        env=environment,
+        cwd=ROOT,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    ) as process:
+        try:
+            output, _ = process.communicate(timeout=timeout)
+        except BaseException as error:
+            # The ranks are the launcher's children: the whole process group goes, or they keep the pipe open.
+            os.killpg(process.pid, signal.SIGKILL)
+            output, _ = process.communicate()
+            if not isinstance(error, subprocess.TimeoutExpired):
+                raise
+            pytest.fail(f"{script} on {nproc} ranks: not done in {timeout} s\n{output[-6000:]}", pytrace=False)
+    if process.returncode:
+        pytest.fail(f"{script} on {nproc} ranks: status {process.returncode}\n{output[-6000:]}", pytrace=False)
+    return output

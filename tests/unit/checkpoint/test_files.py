@@ -1,0 +1,245 @@
+"""Checkpoints written and read without Megatron: names, parts, laziness, and what a failure leaves behind."""
+
+import io
+import json
+import pickle
+import weakref
+from argparse import Namespace
+from enum import Enum
+
+import pytest
+import torch
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+
+from megatron_elastic import checkpoint
+from megatron_elastic.checkpoint import LazyTensor
+from megatron_elastic.checkpoint.plain import load_plain
+from megatron_elastic.errors import CheckpointError
+from megatron_elastic.layout import ModelShape
+from megatron_elastic.metadata import Metadata
+
+LAYER = "decoder.layers.0"
+PARTS = {
+    f"{LAYER}.mixer.in_proj.weight": (4, 4, 3, 3, 2),
+    f"{LAYER}.mixer.conv1d_weight": (4, 3, 3),
+    f"{LAYER}.mixer.conv1d_bias": (4, 3, 3),
+}
+SHAPE = ModelShape(
+    pattern="M-",
+    vocab=8,
+    hidden=6,
+    ffn=5,
+    attention_heads=2,
+    query_groups=1,
+    head_dim=4,
+    mamba_heads=2,
+    mamba_head_dim=2,
+    mamba_groups=1,
+    mamba_state=3,
+)
+METADATA = Metadata(kind="extracted", shape=SHAPE, ffn_blocks=1, flags={"hidden-size": 6}, budget="half")
+
+
+class Colour(Enum):
+    """A class that a reader without it must survive."""
+
+    RED = 1
+
+
+def values() -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return {
+        "embedding.word_embeddings.weight": torch.randn(8, 6, generator=generator),
+        f"{LAYER}.norm.weight": torch.randn(6, generator=generator).bfloat16(),
+        f"{LAYER}.mixer.in_proj.weight": torch.randn(16, 6, generator=generator),
+        f"{LAYER}.mixer.conv1d_weight": torch.randn(10, 1, 4, generator=generator),
+        f"{LAYER}.mixer.conv1d_bias": torch.randn(10, generator=generator),
+        f"{LAYER}.mixer.A_log": torch.randn(2, generator=generator),
+        "decoder.layers.1.mlp.linear_fc1.weight": torch.randn(5, 6, generator=generator),
+        "output_layer.weight": torch.randn(8, 6, generator=generator),
+    }
+
+
+def lazily(tensors: dict[str, torch.Tensor]) -> dict[str, LazyTensor]:
+    return {
+        name: LazyTensor(tuple(tensor.shape), tensor.dtype, lambda tensor=tensor: tensor, PARTS.get(name, ()))
+        for name, tensor in tensors.items()
+    }
+
+
+def write(path, tensors=None, **other):
+    common = {"args": Namespace(hidden_size=6, colour=Colour.RED, dtype=torch.bfloat16), **other.pop("common", {})}
+    return checkpoint.write_checkpoint(path, lazily(values() if tensors is None else tensors), common=common, **other)
+
+
+def test_what_is_written_is_read(tmp_path):
+    path = write(tmp_path / "model", metadata=METADATA)
+    assert path == tmp_path / "model" / "release"
+    assert checkpoint.find_checkpoint(tmp_path / "model") == path == checkpoint.find_checkpoint(path)
+    assert {name: info.shape for name, info in checkpoint.parameters(path).items()} == {
+        name: tuple(tensor.shape) for name, tensor in values().items()
+    }
+    for name, tensor in values().items():
+        read = checkpoint.read_parameter(path, name)
+        assert torch.equal(read, tensor), name
+        assert read.dtype == tensor.dtype == checkpoint.parameters(path)[name].dtype, name
+    assert checkpoint.read_metadata(path) == METADATA
+
+
+def test_parts_are_stored_as_megatron_names_them(tmp_path):
+    path = write(tmp_path / "model")
+    stored = checkpoint.tensor_names(path)
+    assert f"{LAYER}.mixer.in_proj.weight" not in stored
+    assert stored[f"{LAYER}.mixer.in_proj.weight.dt"].shape == (2, 6)
+    assert stored[f"{LAYER}.mixer.conv1d.weight.B"].shape == (3, 1, 4)
+    whole = values()[f"{LAYER}.mixer.in_proj.weight"]
+    assert torch.equal(checkpoint.read_tensor(path, f"{LAYER}.mixer.in_proj.weight.x"), whole[4:8])
+    assert not torch.equal(checkpoint.read_tensor(path, f"{LAYER}.mixer.in_proj.weight.z"), whole[4:8])
+
+
+def test_common_keeps_plain_values(tmp_path):
+    path = write(tmp_path / "model", iteration=7, common={"iteration": 7})
+    common = checkpoint.read_common(path)
+    assert common == {"checkpoint_version": 3.0, "iteration": 7, "args": Namespace(hidden_size=6, dtype=torch.bfloat16)}
+    assert path.name == "iter_0000007"
+
+
+def test_common_of_older_checkpoints(tmp_path):
+    path = write(tmp_path / "model")
+    index = path / ".metadata"
+    stored = FileSystemReader(path).read_metadata()
+    del stored.state_dict_metadata["common_state/shard_0_1"]
+    index.write_bytes(pickle.dumps(stored))
+    with pytest.raises(CheckpointError, match=r"common\.pt"):
+        checkpoint.read_common(path)
+    torch.save({"iteration": 3, "noise": torch.ones(3), "args": Namespace(c=Colour.RED, layers=2)}, path / "common.pt")
+    assert checkpoint.read_common(path) == {"iteration": 3, "args": Namespace(layers=2)}
+
+
+def test_reading_runs_nothing_that_a_file_names(tmp_path):
+    class Harmful:
+        def __reduce__(self):
+            return (tmp_path.joinpath("harm").touch, ())
+
+    torch.save({"args": Harmful(), "iteration": 1}, tmp_path / "harmful")
+    assert load_plain(io.BytesIO((tmp_path / "harmful").read_bytes())) == {"iteration": 1}
+    assert not (tmp_path / "harm").exists()
+
+
+def test_fused_norms_and_foreign_tensors(tmp_path):
+    tensors = {
+        "decoder.layers.0.mixer.in_proj.layer_norm_weight": torch.ones(6),
+        "decoder.layers.1.mlp.linear_fc1.layer_norm_weight": torch.zeros(6),
+        "optimizer.state.exp_avg.decoder.final_norm.weight": torch.ones(6),
+        "chained_0.optimizer.state.exp_avg.decoder.final_norm.weight": torch.ones(6),
+        "decoder.final_norm.weight": torch.ones(6),
+    }
+    path = write(tmp_path / "model", tensors)
+    assert set(checkpoint.parameters(path)) == {
+        "decoder.layers.0.norm.weight",
+        "decoder.layers.1.pre_mlp_layernorm.weight",
+        "decoder.final_norm.weight",
+    }
+    assert torch.equal(checkpoint.read_parameter(path, "decoder.layers.1.pre_mlp_layernorm.weight"), torch.zeros(6))
+    assert len(checkpoint.tensor_names(path)) == 5
+    assert len(checkpoint.model_tensor_names(path)) == 3
+    assert checkpoint.read_metadata(path) is None
+
+
+def test_one_parameter_is_alive_at_a_time(tmp_path):
+    alive, most, reads = [], [], []
+
+    def read(name, shape):
+        tensor = torch.zeros(shape)
+        alive[:] = [each for each in alive if each() is not None]
+        alive.append(weakref.ref(tensor))
+        most.append(len(alive))
+        reads.append(name)
+        return tensor
+
+    shapes = {f"decoder.layers.{number}.mixer.in_proj.weight": (16, 6) for number in range(6)}
+    tensors = {
+        name: LazyTensor(shape, torch.float32, lambda n=name, s=shape: read(n, s), (4, 4, 3, 3, 2))
+        for name, shape in shapes.items()
+    }
+    checkpoint.write_checkpoint(tmp_path / "model", tensors, common={})
+    assert reads == list(shapes)
+    # The one being written, and the one before it that the writer has not let go of.
+    assert max(most) <= 2
+
+
+@pytest.mark.parametrize("failure", [OSError("disk full"), KeyboardInterrupt()])
+def test_a_failure_leaves_nothing_behind(tmp_path, failure):
+    def fail():
+        raise failure
+
+    told = KeyboardInterrupt if isinstance(failure, KeyboardInterrupt) else CheckpointError
+
+    tensors = {**lazily(values()), "decoder.final_norm.weight": LazyTensor((6,), torch.float32, fail)}
+    with pytest.raises(told):
+        checkpoint.write_checkpoint(tmp_path / "model", tensors, common={})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_failure_keeps_what_was_there(tmp_path):
+    path = write(tmp_path / "model", metadata=METADATA)
+    wrong = {"a": LazyTensor((3,), torch.float32, lambda: torch.zeros(4))}
+    with pytest.raises(CheckpointError, match=r"a is \(4,\) torch.float32, where \(3,\)"):
+        checkpoint.write_checkpoint(tmp_path / "model", wrong, common={}, overwrite=True)
+    assert checkpoint.read_metadata(path) == METADATA
+    assert [each.name for each in tmp_path.iterdir()] == ["model"]
+
+
+def test_existing_folders(tmp_path):
+    (tmp_path / "model").mkdir()
+    write(tmp_path / "model")
+    with pytest.raises(CheckpointError, match="exists already: remove it"):
+        write(tmp_path / "model")
+    changed = {**values(), "output_layer.weight": torch.zeros(8, 6)}
+    path = write(tmp_path / "model", changed, overwrite=True)
+    assert not checkpoint.read_parameter(path, "output_layer.weight").any()
+    assert [each.name for each in tmp_path.iterdir()] == ["model"]
+
+
+@pytest.mark.parametrize("parts", [(), (4, 4, 3, 3), (4, 4, 3, 3, 3)])
+def test_wrong_parts_are_told(tmp_path, parts):
+    name = f"{LAYER}.mixer.in_proj.weight"
+    wrong = {name: LazyTensor((16, 6), torch.float32, lambda: torch.zeros(16, 6), parts)}
+    with pytest.raises(CheckpointError, match=r"'dt'.*add up to 16"):
+        checkpoint.write_checkpoint(tmp_path / "model", wrong, common={})
+    with pytest.raises(CheckpointError, match="stored whole"):
+        checkpoint.write_checkpoint(
+            tmp_path / "model", {"a": LazyTensor((4,), torch.float32, lambda: torch.zeros(4), (2, 2))}, common={}
+        )
+
+
+def test_missing_and_foreign_checkpoints(tmp_path):
+    with pytest.raises(CheckpointError, match="does not exist"):
+        checkpoint.find_checkpoint(tmp_path / "nowhere")
+    with pytest.raises(CheckpointError, match="holds no checkpoint"):
+        checkpoint.find_checkpoint(tmp_path)
+    (tmp_path / checkpoint.TRACKER).write_text("7")
+    with pytest.raises(CheckpointError, match=r"iter_0000007 .* --ckpt-format torch_dist"):
+        checkpoint.find_checkpoint(tmp_path)
+    (tmp_path / checkpoint.TRACKER).write_text("seven")
+    with pytest.raises(CheckpointError, match="'seven'"):
+        checkpoint.find_checkpoint(tmp_path)
+    path = write(tmp_path / "model")
+    with pytest.raises(CheckpointError, match="no parameter 'decoder"):
+        checkpoint.read_parameter(path, "decoder.nothing.weight")
+    with pytest.raises(CheckpointError, match="no tensor 'common_state/shard_0_1'"):
+        checkpoint.read_tensor(path, "common_state/shard_0_1")
+    (path / "metadata.json").write_text(json.dumps({"sharded_backend": "zarr"}))
+    with pytest.raises(CheckpointError, match="format 'zarr'"):
+        checkpoint.find_checkpoint(path)
+
+
+def test_damaged_files_are_told(tmp_path):
+    path = write(tmp_path / "model")
+    for file in path.glob("*.distcp"):
+        file.write_bytes(file.read_bytes()[:10])
+    with pytest.raises(CheckpointError, match="copy the checkpoint again"):
+        checkpoint.read_parameter(path, "output_layer.weight")
+    (path / ".metadata").write_bytes(b"nothing")
+    with pytest.raises(CheckpointError, match=r"\.metadata cannot be read"):
+        checkpoint.parameters(path)
