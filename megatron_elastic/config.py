@@ -10,49 +10,16 @@ import yaml
 from megatron_elastic.axes import AXES
 from megatron_elastic.budget import Budget, Selection
 from megatron_elastic.cost_model import nearest, parameters
+from megatron_elastic.curriculum import Calibration, Evaluation, PretrainRun, Stage
 from megatron_elastic.errors import RecipeError
 from megatron_elastic.family import Family
 from megatron_elastic.flags import flag_faults, model_shape
 from megatron_elastic.layout import ModelShape
 from megatron_elastic.router import RouterConfig
 
+__all__ = ["Calibration", "Evaluation", "PretrainRun", "Recipe", "Stage", "load_recipe", "parse_recipe", "reached_fraction"]
+
 T = TypeVar("T")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Stage:
-    """One stage of the curriculum; sizes are in base samples (what a user feeds, not how often budgets reuse it).
-
-    Attributes:
-        iterations: optimizer steps.
-        sequence_length: tokens.
-        global_batch_size: base samples a step.
-        micro_batch_size: base samples a microbatch on each data-parallel rank.
-        weights: share of the loss of each budget, largest budget first; sums to 1.
-    """
-
-    iterations: int
-    sequence_length: int
-    global_batch_size: int
-    micro_batch_size: int
-    weights: tuple[float, ...]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Evaluation:
-    """Validation during training: every `interval` steps, on `iterations` global batches of base samples."""
-
-    interval: int = 1000
-    iterations: int = 1
-
-
-@dataclass(frozen=True, kw_only=True)
-class Calibration:
-    """Text for importance scores: `samples` sequences of `sequence_length` tokens from the training data."""
-
-    samples: int = 1024
-    sequence_length: int = 8192
-    batch_size: int = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +28,7 @@ class Recipe:
 
     Attributes:
         megatron: Megatron's flags, without dashes in front.
-        pretrain: flags on top of them for training the parent.
+        pretrain: how the parent is trained, None where it exists already.
         family: shape, choices and budgets.
         selections: given shapes, one a budget, or empty where a router learns them.
         stages: the curriculum.
@@ -73,7 +40,7 @@ class Recipe:
     """
 
     megatron: Mapping[str, Any]
-    pretrain: Mapping[str, Any]
+    pretrain: PretrainRun | None
     family: Family
     selections: tuple[Selection, ...]
     stages: tuple[Stage, ...]
@@ -198,6 +165,9 @@ def _budgets(elastic: Mapping[str, Any], faults: list[str]) -> tuple[Budget, ...
         if not isinstance(name, str) or not name or any(c in "/\\" or c.isspace() for c in name) or name.startswith("."):
             faults.append(f"elastic.budgets: name {name!r} must be usable as a folder's name")
     sizes = [budget.fraction for budget in budgets]
+    for size in sizes:
+        if not 0.0 < size <= 1.0:
+            faults.append(f"elastic.budgets: fraction {size} must lie above 0 and not above 1")
     if sizes[0] != 1.0:
         faults.append(f"elastic.budgets: the first fraction {sizes[0]} must be 1.0, the parent's own size")
     if any(a <= b for a, b in zip(sizes, sizes[1:], strict=False)):
@@ -207,6 +177,8 @@ def _budgets(elastic: Mapping[str, Any], faults: list[str]) -> tuple[Budget, ...
 
 def _reachable(family: Family, tolerance: float, faults: list[str]) -> None:
     for budget in family.budgets:
+        if budget.fraction <= 0:
+            continue
         selection, reached = nearest(family.shape, family.choices, budget.fraction)
         if abs(reached / budget.fraction - 1.0) > tolerance:
             faults.append(
@@ -254,17 +226,102 @@ def _stages(raw: Any, budgets: int, data_parallel: int, faults: list[str]) -> tu
                 f"size = {step}: roles are dealt in groups of that size"
             )
         weights = stage.weights
-        if not isinstance(weights, tuple) or len(weights) != budgets or abs(sum(weights) - 1.0) > 1e-6:
+        numbers = isinstance(weights, tuple) and all(isinstance(w, int | float) and w >= 0 for w in weights)
+        if budgets and (not numbers or len(weights) != budgets or abs(sum(weights) - 1.0) > 1e-6):
             faults.append(f"{name}.weights: {weights!r} must be {budgets} numbers, one a budget, that sum to 1")
     return tuple(stage for stage in made if stage is not None)
 
 
-def parse_recipe(raw: Any, *, world_size: int = 1, source: str = "recipe") -> Recipe:
+def _pretrain(
+    raw: Any, megatron: Mapping[str, Any], shape: ModelShape | None, world_size: int | None, faults: list[str]
+) -> PretrainRun | None:
+    run = _section(PretrainRun, raw, "pretrain", faults)
+    if run is None:
+        return None
+    if not isinstance(run.save, str) or not run.save:
+        faults.append(f"pretrain.save: {run.save!r} must be a folder")
+    if not isinstance(run.megatron, Mapping):
+        faults.append(f"pretrain.megatron: {run.megatron!r} must be a mapping of Megatron's flags")
+        return None
+    for key in ("iterations", "sequence_length", "global_batch_size", "micro_batch_size"):
+        if getattr(run, key) < 1:
+            faults.append(f"pretrain.{key}: {getattr(run, key)} must be at least 1")
+    merged = {**megatron, **run.megatron}
+    old, found = flag_faults(megatron), list[str]()
+    other = model_shape(merged, found)
+    found = [fault for fault in (*flag_faults(merged), *found) if fault not in old]
+    if shape is not None:
+        faults.extend(f"pretrain.{fault}" for fault in found)
+    if shape is not None and other is not None and other != shape:
+        faults.append("pretrain.megatron: changes the model that the section megatron describes (its vocabulary's padding counts)")
+    ranks = _model_parallel(merged, [])[1]
+    step = run.micro_batch_size * max(1, (world_size or ranks) // ranks)
+    if step and run.global_batch_size % step:
+        faults.append(
+            f"pretrain.global_batch_size: {run.global_batch_size} must be a multiple of micro_batch_size x data-parallel "
+            f"size = {step}"
+        )
+    return run
+
+
+def _model_parallel(megatron: Mapping[str, Any], faults: list[str]) -> tuple[int, int]:
+    """Tensor-parallel size, and the ranks that one copy of the model takes."""
+    sizes = []
+    for name in ("tensor-model-parallel-size", "pipeline-model-parallel-size"):
+        size = megatron.get(name, 1)
+        if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+            if not name.startswith("tensor"):  # that one is part of the shape, and judged with it
+                faults.append(f"megatron.{name}: {size!r} must be a whole number, at least 1")
+            size = 1
+        sizes.append(size)
+    return sizes[0], sizes[0] * sizes[1]
+
+
+def _single(elastic: Mapping[str, Any], faults: list[str]) -> dict[str, Any]:
+    """The settings of the elastic section that stand alone."""
+    found: dict[str, Any] = {}
+    for key in ("parent", "save", "train_data", "validation_data"):
+        found[key] = elastic.get(key, "")
+        if key in elastic and (not isinstance(found[key], str) or not found[key]):
+            faults.append(f"elastic.{key}: {found[key]!r} must be a path")
+    temperature = elastic.get("temperature", 1.0)
+    if not isinstance(temperature, int | float) or isinstance(temperature, bool) or temperature <= 0:
+        faults.append(f"elastic.temperature: {temperature!r} must be a number above 0")
+    interval = elastic.get("save_interval", 1000)
+    if not isinstance(interval, int) or isinstance(interval, bool) or interval < 1:
+        faults.append(f"elastic.save_interval: {interval!r} must be a whole number, at least 1")
+    return {**found, "temperature": temperature, "save_interval": interval}
+
+
+def _router(elastic: Mapping[str, Any], stages: Sequence[Stage], faults: list[str]) -> RouterConfig | None:
+    if "selections" in elastic:
+        if "router" in elastic:
+            faults.append("elastic.router: with elastic.selections no router is built; remove one of the two")
+        return None
+    router = _section(RouterConfig, elastic.get("router", {}), "elastic.router", faults)
+    if router is not None and router.iterations > sum(stage.iterations for stage in stages):
+        faults.append(f"elastic.router.iterations: {router.iterations} exceeds the stages' iterations")
+    return router
+
+
+def _family(
+    elastic: Mapping[str, Any], shape: ModelShape | None, tp: int, budgets: tuple[Budget, ...], faults: list[str]
+) -> Family | None:
+    before = len(faults)
+    if shape is None:
+        return None
+    choices = _axes(elastic, shape, tp, faults)
+    if not budgets or len(faults) > before:
+        return None
+    return Family(shape=shape, ffn_blocks=elastic.get("ffn_blocks", 8), choices=choices, budgets=budgets)
+
+
+def parse_recipe(raw: Any, *, world_size: int | None = None, source: str = "recipe") -> Recipe:
     """Checks a recipe whole.
 
     Args:
         raw: what the YAML file holds.
-        world_size: ranks of the run, for the data-parallel size.
+        world_size: ranks of the run, for the data-parallel size; None where it is not known, and not checked.
         source: name for messages.
 
     Raises:
@@ -283,58 +340,39 @@ def parse_recipe(raw: Any, *, world_size: int = 1, source: str = "recipe") -> Re
     faults.extend(f"elastic.{key}: required" for key in REQUIRED_KEYS if key not in elastic)
     faults.extend(flag_faults(megatron))
     shape = model_shape(megatron, faults)
-    model_parallel = [
-        int(megatron.get(name, 1)) for name in ("tensor-model-parallel-size", "pipeline-model-parallel-size")
-    ]
-    tp, ranks = model_parallel[0], model_parallel[0] * model_parallel[1]
-    if world_size % ranks:
+    tp, ranks = _model_parallel(megatron, faults)
+    if world_size is not None and world_size % ranks:
         faults.append(f"megatron: TP x PP = {ranks} does not divide the {world_size} rank(s) of this run")
     budgets = _budgets(elastic, faults)
-    stages = _stages(elastic.get("stages"), len(budgets), max(1, world_size // ranks), faults)
-    given = "selections" in elastic
-    router = None
-    if not given:
-        router = _section(RouterConfig, elastic.get("router", {}), "elastic.router", faults)
-    elif "router" in elastic:
-        faults.append("elastic.router: with elastic.selections no router is built; remove one of the two")
-    if router is not None and router.iterations > sum(stage.iterations for stage in stages):
-        faults.append(f"elastic.router.iterations: {router.iterations} exceeds the stages' iterations")
+    stages = _stages(elastic.get("stages"), len(budgets), max(1, (world_size or ranks) // ranks), faults)
+    router = _router(elastic, stages, faults)
+    family = _family(elastic, shape, tp, budgets, faults)
     selections: tuple[Selection, ...] = ()
-    family = None
-    if shape is not None and budgets:
-        choices = _axes(elastic, shape, tp, faults)
-        if choices and not faults:
-            family = Family(
-                shape=shape, ffn_blocks=elastic.get("ffn_blocks", 8), choices=choices, budgets=budgets
-            )
-            if given:
-                selections = _selections(elastic["selections"], family, faults)
-            else:
-                _reachable(family, router.tolerance if router else 0.02, faults)
+    if family is not None and "selections" in elastic:
+        selections = _selections(elastic["selections"], family, faults)
+    elif family is not None:
+        _reachable(family, router.tolerance if router else 0.02, faults)
+    pretrain = None if raw.get("pretrain") is None else _pretrain(raw["pretrain"], megatron, shape, world_size, faults)
+    single = _single(elastic, faults)
     evaluation = _section(Evaluation, elastic.get("evaluation", {}), "elastic.evaluation", faults)
     calibration = _section(Calibration, elastic.get("calibration", {}), "elastic.calibration", faults)
     if faults or family is None or evaluation is None or calibration is None:
         raise RecipeError(faults, source)
     return Recipe(
         megatron=dict(megatron),
-        pretrain=dict(raw.get("pretrain") or {}),
+        pretrain=pretrain,
         family=family,
         selections=selections,
         stages=stages,
         router=router,
-        parent=str(elastic["parent"]),
-        save=str(elastic["save"]),
-        train_data=str(elastic["train_data"]),
-        validation_data=str(elastic["validation_data"]),
-        temperature=float(elastic.get("temperature", 1.0)),
-        save_interval=int(elastic.get("save_interval", 1000)),
         evaluation=evaluation,
         calibration=calibration,
         source=source,
+        **single,
     )
 
 
-def load_recipe(path: str | Path, *, world_size: int = 1) -> Recipe:
+def load_recipe(path: str | Path, *, world_size: int | None = None) -> Recipe:
     """Reads and checks a recipe file.
 
     Raises:

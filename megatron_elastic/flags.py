@@ -31,7 +31,7 @@ def _missing(value: Any) -> bool:
 
 
 def _over_one(value: Any) -> bool:
-    return value is not None and int(value) > 1
+    return value is not None and (not isinstance(value, int) or value > 1)
 
 
 def _not(*allowed: Any) -> Callable[[Any], bool]:
@@ -112,7 +112,11 @@ def flag_faults(flags: Mapping[str, Any]) -> list[str]:
         for row in REFUSALS
         if row.refused(flags.get(row.flag))
     ]
-    faults.extend(f"megatron.{flag}: write Megatron's flag with hyphens, without leading dashes" for flag in flags if "_" in str(flag) or str(flag).startswith("-"))
+    faults.extend(
+        f"megatron.{flag}: write Megatron's flag with hyphens, without leading dashes"
+        for flag in flags
+        if "_" in str(flag) or str(flag).startswith("-")
+    )
     return faults
 
 
@@ -126,9 +130,11 @@ def model_shape(flags: Mapping[str, Any], faults: list[str]) -> ModelShape | Non
     """The parent that a recipe's flags describe; what is missing or has no elastic layer is added to `faults`."""
     needed = [*_SIZES.values(), "hybrid-layer-pattern", "vocab-size"]
     missing = [flag for flag in needed if flag not in flags]
-    bad = [flag for flag in needed if flag in flags and flag != "hybrid-layer-pattern" and not isinstance(flags[flag], int)]
+    optional = ("num-query-groups", "kv-channels", "make-vocab-size-divisible-by", "tensor-model-parallel-size")
+    numbers = [flag for flag in (*needed, *optional) if flag in flags and flag != "hybrid-layer-pattern"]
+    bad = [flag for flag in numbers if not isinstance(flags[flag], int) or flags[flag] < 1]
     faults.extend(f"megatron.{flag}: required, it is part of the parent's shape" for flag in missing)
-    faults.extend(f"megatron.{flag}: {flags[flag]!r} must be a whole number" for flag in bad)
+    faults.extend(f"megatron.{flag}: {flags[flag]!r} must be a whole number, at least 1" for flag in bad)
     if missing or bad:
         return None
     heads = flags["num-attention-heads"]

@@ -8,6 +8,7 @@ from megatron.core.distributed import finalize_model_grads
 from megatron.core.utils import unwrap_model
 from megatron.training import get_args
 from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from megatron_elastic.budget import Selection
 from megatron_elastic.config import Recipe
@@ -57,7 +58,7 @@ class JointStep:
     def attach(self, config: Any) -> None:
         """Registers the gradient hook in a transformer config, and the router's step after the backbone's."""
         config.finalize_model_grads_func = self.finalize
-        torch.optim.optimizer.register_optimizer_step_post_hook(self._after_step)
+        register_optimizer_step_post_hook(self._after_step)
 
     def finalize(self, model: list[Any], num_tokens: Tensor | None = None, **kwargs: Any) -> None:
         """Core's finalize, then the router's gradient: reduced and stored, overwritten where the step is rerun."""

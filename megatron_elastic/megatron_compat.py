@@ -116,7 +116,8 @@ def _mend_copy_into_leaves() -> None:
     def make(method: Callable[..., Any]) -> Callable[..., Any]:
         def set_states(self: Any, model_param: Any, tensors: dict[str, Any]) -> None:
             with torch.no_grad():
-                method(self, model_param, {"step": None, **tensors})
+                # The step is restored by load_state_dict, from the parameter groups.
+                method(self, model_param, {**tensors, "step": None})
 
         return set_states
 

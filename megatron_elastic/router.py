@@ -279,7 +279,8 @@ class RouterTrainer:
             return False
         gradients, self._pending = self._pending, None
         self.optimizer.zero_grad(set_to_none=True)
-        self.loss(self._step, gradients).backward()
+        with torch.enable_grad():  # called from the backbone's optimizer step, which runs without
+            self.loss(self._step, gradients).backward()
         torch.nn.utils.clip_grad_norm_(self.router.parameters(), self.router.config.clip)
         for settings in self.optimizer.param_groups:
             settings["lr"] = self.router.config.learning_rate_at(self._step)

@@ -118,10 +118,10 @@ def load_parent(model: ElasticHybridModel, path: str | Path) -> None:
         CheckpointError: no checkpoint there, or not this parent's.
     """
     found = find_checkpoint(path)
-    template = model.sharded_state_dict()
+    template = {"model": model.sharded_state_dict()}  # apart from what Megatron stores beside the weights
     try:
         loaded = dist_checkpointing.load(template, str(found))
-        model.load_state_dict(loaded, strict=True)
+        model.load_state_dict(loaded["model"], strict=True)
     except (RuntimeError, KeyError, ValueError, dist_checkpointing.core.CheckpointingException) as error:
         raise CheckpointError(f"{found}: not a checkpoint of the parent that the recipe describes: {error}") from error
 
@@ -272,7 +272,7 @@ def train_plain(
         )
     )
     config = hybrid_config_from_args(args, model_config_cls=HybridModelConfig)
-    config.hybrid_stack_spec = plain_stack_spec()
+    config.hybrid_stack_spec = plain_stack_spec
     before = sum(s.iterations * s.global_batch_size for s in stages[: number - 1])
     text = TextRun(
         train=train_data,

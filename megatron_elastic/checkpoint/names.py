@@ -12,6 +12,9 @@ CHECKPOINT_VERSION = 3.0
 COMMON_STATE = "common_state/shard_0_1"
 FORMAT = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
 
+STATE_OF_A_RUN = ("optimizer", "opt_param_scheduler", "rng_state", "rerun_state_machine")
+"""Common entries that say nothing without the optimizer's tensors."""
+
 STORED_IN_PARTS = {
     "mixer.in_proj.weight": ("mixer.in_proj.weight", ("z", "x", "B", "C", "dt")),
     "mixer.conv1d_weight": ("mixer.conv1d.weight", ("x", "B", "C")),

@@ -4,6 +4,9 @@ import functools
 import io
 import json
 import pickle
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +63,14 @@ def find_checkpoint(directory: str | Path) -> Path:
     return path
 
 
+@contextmanager
+def alone() -> Iterator[None]:
+    """Silences torch's remark that there is no process group: none is wanted."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield
+
+
 @functools.lru_cache(maxsize=4)
 def _index(path: Path, changed: int) -> Metadata:
     return FileSystemReader(path).read_metadata()
@@ -106,7 +117,8 @@ class _KeepBytes(DefaultLoadPlanner):
 def _load(path: Path, state: dict[str, Any]) -> None:
     planner = _KeepBytes(flatten_state_dict=False, flatten_sharded_tensors=False)
     try:
-        state_dict_loader.load(state, storage_reader=_Reader(path), planner=planner, no_dist=True)
+        with alone():
+            state_dict_loader.load(state, storage_reader=_Reader(path), planner=planner, no_dist=True)
     except CheckpointException as error:
         names = ", ".join(state)
         causes = "; ".join(str(cause) for cause, _ in error.failures.values())

@@ -17,8 +17,17 @@ from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.planner import WriteItem
 
-from megatron_elastic.checkpoint.names import CHECKPOINT_VERSION, COMMON_STATE, FORMAT, LINEAR, STORED_IN_PARTS, TRACKER
+from megatron_elastic.checkpoint.names import (
+    CHECKPOINT_VERSION,
+    COMMON_STATE,
+    FORMAT,
+    LINEAR,
+    STATE_OF_A_RUN,
+    STORED_IN_PARTS,
+    TRACKER,
+)
 from megatron_elastic.checkpoint.plain import plain
+from megatron_elastic.checkpoint.reading import alone
 from megatron_elastic.errors import CheckpointError
 from megatron_elastic.metadata import KEY, Metadata
 
@@ -99,7 +108,8 @@ def _state(sources: Mapping[str, tuple[str, LazyTensor, int]], common: Mapping[s
         state[stored] = torch.empty(shape, dtype=tensor.dtype, device="meta")
         if LINEAR.search(name):
             state[f"{name.removesuffix('weight')}_extra_state/shard_0_1"] = [None]
-    state[COMMON_STATE] = [plain({"checkpoint_version": CHECKPOINT_VERSION, **common})]
+    kept = {key: value for key, value in common.items() if key not in STATE_OF_A_RUN}
+    state[COMMON_STATE] = [plain({"checkpoint_version": CHECKPOINT_VERSION, **kept})]
     return state
 
 
@@ -138,7 +148,8 @@ def write_checkpoint(
     Args:
         directory: what `--load` will be given; must not exist, or be empty.
         tensors: parameters by stock name, made one at a time.
-        common: `args` (Namespace), `iteration`, as `read_common` returns them; what is not plain is left out.
+        common: `args` (Namespace), `iteration`, as `read_common` returns them; what is not plain, or belongs to an
+            optimizer, is left out.
         metadata: what the checkpoint says about itself.
         iteration: number of the iteration; None writes a release, which Megatron starts from iteration 0.
         overwrite: whether to replace what is in `directory`.
@@ -162,7 +173,8 @@ def write_checkpoint(
         # One file a tensor: within a file, torch's writer keeps every tensor alive until the file is closed.
         writer = FileSystemWriter(partial / folder, single_file_per_rank=False)
         try:
-            state_dict_saver.save(state, storage_writer=writer, planner=_LazyPlanner(sources), no_dist=True)
+            with alone():
+                state_dict_saver.save(state, storage_writer=writer, planner=_LazyPlanner(sources), no_dist=True)
         except CheckpointException as error:
             for cause, _ in error.failures.values():
                 if isinstance(cause, CheckpointError | KeyboardInterrupt):

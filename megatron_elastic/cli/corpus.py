@@ -6,8 +6,9 @@ import json
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
-from megatron_elastic.corpus import build_corpus, build_dataset
+from megatron_elastic.cli.output import stdout_to_stderr
 from megatron_elastic.errors import CorpusError
 
 HELP = "make token data from text files (by default, those that come with this Python)"
@@ -31,12 +32,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a sentence")
 
 
-def run(arguments: argparse.Namespace) -> int:
-    """Do what the arguments ask for, print the counts, and return the exit status.
+def _build(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    """The counts, and a sentence that says them."""
+    from megatron_elastic.corpus import build_corpus, build_dataset
 
-    Raises:
-        CorpusError: the text, the tokenizer or a setting cannot be used.
-    """
     progress = sys.stderr.isatty() and not os.environ.get("CI")
     if arguments.tokenizer is None:
         summary = build_corpus(
@@ -57,5 +56,16 @@ def run(arguments: argparse.Namespace) -> int:
         dataset = build_dataset(arguments.text, arguments.tokenizer, arguments.out, progress=progress)
         summary = dataclasses.asdict(dataset)
         sentence = f"{arguments.out}.bin: {dataset.tokens:,} tokens of {dataset.files} files"
+    return summary, sentence
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Do what the arguments ask for, print the counts, and return the exit status.
+
+    Raises:
+        CorpusError: the text, the tokenizer or a setting cannot be used.
+    """
+    with stdout_to_stderr():
+        summary, sentence = _build(arguments)
     print(json.dumps(summary) if arguments.json else sentence)
     return 0

@@ -79,10 +79,11 @@ class LocalRMSNorm(torch.nn.Module):
                 "local layer: use --normalization RMSNorm without --apply-layernorm-1p"
             )
         self.eps = eps
-        self.weight = torch.nn.Parameter(
+        weight: Any = torch.nn.Parameter(
             torch.ones(hidden_size, dtype=config.params_dtype, device=torch.cuda.current_device())
         )
-        self.weight.sequence_parallel = config.sequence_parallel
+        weight.sequence_parallel = config.sequence_parallel
+        self.weight = weight
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Normalised `x` `[s, b, h]`, same shape and dtype."""
@@ -105,11 +106,12 @@ class GatedNorm(torch.nn.Module):
         self.groups = groups
         self.eps = GATED_NORM_EPSILON
         self.tp_group = tp_group
-        self.weight = torch.nn.Parameter(
+        weight: Any = torch.nn.Parameter(
             torch.ones(width, dtype=config.params_dtype, device=torch.cuda.current_device())
         )
-        self.weight.tensor_model_parallel = True
-        self.weight.partition_dim = 0
+        weight.tensor_model_parallel = True
+        weight.partition_dim = 0
+        self.weight = weight
 
     def forward(self, y: torch.Tensor, z: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
         """Gated and normalised `y` `[..., d]`; `z` `[..., d]`, `mask` `[d]`."""
@@ -131,7 +133,7 @@ class GatedNorm(torch.nn.Module):
 
 
 class LocalMambaMixer(MambaMixer):
-    """Core's Mamba-2 mixer, with this package's torch operations for the scan; for whole sequences, not for decoding."""
+    """Core's Mamba-2 mixer, with this package's torch operations for the scan; on whole sequences, not for decoding."""
 
     def __init__(self, *args: Any, gated_norm: type[GatedNorm] = GatedNorm, **kwargs: Any) -> None:
         """Takes what core's mixer takes, and `gated_norm`, the class of the norm after the scan.

@@ -47,9 +47,7 @@ def load(path: Path, model) -> dict[str, torch.Tensor]:
     from megatron.core import dist_checkpointing
     from megatron.core.dist_checkpointing.validation import StrictHandling
 
-    found = dist_checkpointing.load(
-        {"model": model.sharded_state_dict()}, str(path), strict=StrictHandling.RAISE_ALL
-    )
+    found = dist_checkpointing.load({"model": model.sharded_state_dict()}, str(path), strict=StrictHandling.RAISE_ALL)
     model.load_state_dict(found["model"])
     return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
 
@@ -89,6 +87,7 @@ def trainer(seed: int):
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
     from megatron.core.distributed.finalize_model_grads import finalize_model_grads
     from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+
     from tests.distributed import plain_model
 
     model = plain_model.build(seed=seed)

@@ -6,10 +6,7 @@ import torch
 from megatron_elastic import checkpoint
 from tests.distributed.launch import run_ranks
 
-pytestmark = [
-    pytest.mark.distributed,
-    pytest.mark.skipif(torch.cuda.is_available(), reason="runs on the CPU adaptation, which refuses to load beside CUDA"),
-]
+pytestmark = pytest.mark.distributed
 
 
 @pytest.fixture(scope="module")

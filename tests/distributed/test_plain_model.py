@@ -9,7 +9,9 @@ from megatron_elastic.errors import ElasticError
 # gloo alone, and the CPU adaptation: on a GPU machine the GPU tests cover these layers.
 pytestmark = [
     pytest.mark.distributed,
-    pytest.mark.skipif(torch.cuda.is_available(), reason="runs on the CPU adaptation, which refuses to load beside CUDA"),
+    pytest.mark.skipif(
+        torch.cuda.is_available(), reason="runs on the CPU adaptation, which refuses to load beside CUDA"
+    ),
 ]
 
 
@@ -45,7 +47,16 @@ def test_forward_and_backward_are_finite(models, dtype):
 
 def test_parameter_names_are_the_stock_ones(models):
     names = {name for name, _ in models.build().named_parameters()}
-    mamba = ("in_proj.weight", "conv1d_weight", "conv1d_bias", "dt_bias", "A_log", "D", "norm.weight", "out_proj.weight")
+    mamba = (
+        "in_proj.weight",
+        "conv1d_weight",
+        "conv1d_bias",
+        "dt_bias",
+        "A_log",
+        "D",
+        "norm.weight",
+        "out_proj.weight",
+    )
     expected = {"embedding.word_embeddings.weight", "decoder.final_norm.weight", "output_layer.weight"}
     for number, kind in enumerate(models.PATTERN):
         layer = {
@@ -126,9 +137,14 @@ def test_kernel_flag_is_put_back(models):
     before = mamba_mixer.HAVE_MAMBA_SSM
     models.build()
     assert mamba_mixer.HAVE_MAMBA_SSM is before
-    with pytest.raises(ValueError, match="stop"), without_mamba_kernels():
-        assert mamba_mixer.HAVE_MAMBA_SSM
-        raise ValueError("stop")
+
+    def fail():
+        with without_mamba_kernels():
+            assert mamba_mixer.HAVE_MAMBA_SSM
+            raise ValueError("stop")
+
+    with pytest.raises(ValueError, match="stop"):
+        fail()
     assert mamba_mixer.HAVE_MAMBA_SSM is before
 
 

@@ -42,18 +42,19 @@ BESIDE = {
     "extraction": 4,
     "report": 4,
     "sorting": 4,
+    "standalone": 7,
     "evaluation": 7,
     "importance": 7,
 }
 # What adapts the engine: imports the errors alone, and is imported from where the engine is.
 ENGINE = {"cpu", "megatron_compat"}
 ENGINE_LEVEL = 5
-TOP = {"cli", "__main__"}
+TOP = {"cli", "quickstart", "__main__"}
 
 # `import` of these works with torch alone: they are read, tested and used on machines without the engine.
 TORCH_ONLY = {name for name, level in LEVELS.items() if level <= 4} | {"corpus", "documents", "extraction", "sorting"}
 TORCH_ONLY_PACKAGES = {"torch", "numpy", "yaml"} | set(sys.stdlib_module_names)
-TRAINING_IMPORTERS = {"training", "forward_step", "metrics", "evaluation", "importance"} | ENGINE
+TRAINING_IMPORTERS = {"training", "forward_step", "metrics", "evaluation", "importance", "standalone"} | ENGINE
 # The model's configuration and builder are registered under megatron.training.models: that part is open to the model.
 MODELS_IMPORTERS = {"model"}
 

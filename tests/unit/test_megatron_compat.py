@@ -111,7 +111,9 @@ def adamw(parameters, steps=0):
 
 def test_loading_creates_state_and_keeps_parameters(optimizer_class, monkeypatch):
     seen = []
-    monkeypatch.setattr(optimizer_class, "sharded_state_dict", lambda self, *args: seen.append(len(self.optimizer.state)))
+    monkeypatch.setattr(
+        optimizer_class, "sharded_state_dict", lambda self, *args: seen.append(len(self.optimizer.state))
+    )
     BEFORE_FIRST_STEP.mend()
     weight = torch.nn.Parameter(torch.full((3,), 2.0))
     wrapped = SimpleNamespace(optimizer=adamw([weight]))
@@ -141,6 +143,9 @@ def test_states_are_copied_into_leaves(optimizer_class):
     state = wrapped.optimizer.state[weight]
     assert torch.equal(weight, loaded["param"])
     assert torch.equal(state["exp_avg_sq"], loaded["exp_avg_sq"])
+    assert state["step"] == 1
+    # A step among the loaded tensors is not the one that counts.
+    optimizer_class._set_main_param_and_optimizer_states(wrapped, model_weight, {**loaded, "step": torch.ones(3) * 9})
     assert state["step"] == 1
 
 

@@ -98,7 +98,7 @@ def test_parts_are_stored_as_megatron_names_them(tmp_path):
 
 
 def test_common_keeps_plain_values(tmp_path):
-    path = write(tmp_path / "model", iteration=7, common={"iteration": 7})
+    path = write(tmp_path / "model", iteration=7, common={"iteration": 7, "optimizer": {"param_groups": []}})
     common = checkpoint.read_common(path)
     assert common == {"checkpoint_version": 3.0, "iteration": 7, "args": Namespace(hidden_size=6, dtype=torch.bfloat16)}
     assert path.name == "iter_0000007"

@@ -20,7 +20,7 @@ def with_main_grad(weight, dtype=None):
     return weight
 
 
-@pytest.mark.parametrize(("rows", "columns"), itertools.product(ROWS, COLUMNS))
+@pytest.mark.parametrize(("rows", "columns"), list(itertools.product(ROWS, COLUMNS)))
 def test_equals_index_select(rows, columns):
     segments = ROWS[rows], COLUMNS[columns]
     weight, other, engine = make_weight(), make_weight(), with_main_grad(make_weight())

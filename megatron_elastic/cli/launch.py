@@ -1,0 +1,212 @@
+"""Starts ranks on this machine, keeps their whole output in a log file, and shows the lines that tell progress."""
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from megatron_elastic.errors import ElasticError
+
+PACKAGE_PARENT = Path(__file__).resolve().parents[2]
+TAIL = 25
+"""Lines of a failed child's output that are shown."""
+GRACE = 40.0
+"""Seconds that a launcher gets to end its ranks: torchrun itself gives them 30."""
+
+_ERROR = re.compile(r"megatron-elastic: error: (.*)")
+_DROPPED_FIELDS = ("consumed samples", "global batch size", "loss scale", "number of ", "num zeros", "params norm")
+
+
+def under_torchrun() -> bool:
+    """Whether this process is a rank that torchrun (or SLURM with torchrun's variables) started."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def gpu_count() -> int:
+    """GPUs that this process could use; imports torch."""
+    import torch
+
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+
+def check_ranks(ranks: int) -> None:
+    """Refuses more ranks than GPUs where there are GPUs.
+
+    Raises:
+        ElasticError: too many ranks.
+    """
+    gpus = gpu_count()
+    if gpus and ranks > gpus:
+        raise ElasticError(
+            f"--ranks {ranks}: this machine has {gpus} GPU(s) and every rank takes one: give at most {gpus}, or hide the "
+            "GPUs with CUDA_VISIBLE_DEVICES= to run on the CPU"
+        )
+
+
+def progress_line(line: str) -> str | None:
+    """What the console is told of one line of a child's output; None where it tells no progress."""
+    line = line.strip()
+    if line.startswith("elastic |"):
+        return line
+    if line.startswith("validation loss"):
+        fields = [field.strip() for field in line.split("|")]
+        return " | ".join(field for field in fields if field and " PPL:" not in field)
+    if re.match(r"\[[^]]*\] iteration\s+\d+/\s*\d+ \|", line):
+        fields = [field.strip() for field in line.partition("] ")[2].split("|")]
+        kept = [field for field in fields if field and not field.startswith(_DROPPED_FIELDS)]
+        return " | ".join(re.sub(r"\s+", " ", field).replace("/ ", "/") for field in kept)
+    return None
+
+
+def _free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port: int = found.getsockname()[1]
+        return port
+
+
+def environment() -> dict[str, str]:
+    """Variables of a child: the package on its path, one thread a rank, and no GPU where torch can use none."""
+    found = dict(os.environ)
+    paths = [str(PACKAGE_PARENT), *filter(None, [found.get("PYTHONPATH")])]
+    # The working directory is not searched for modules: it holds folders such as `wandb`.
+    found.update(PYTHONPATH=os.pathsep.join(paths), PYTHONSAFEPATH="1", PYTHONUNBUFFERED="1", OMP_NUM_THREADS="1")
+    found.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if gpu_count():
+        found.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # Megatron demands it for tensor parallelism
+    else:
+        found["CUDA_VISIBLE_DEVICES"] = ""
+    return found
+
+
+@contextmanager
+def _terminated_as_interrupt() -> Iterator[None]:
+    """SIGTERM and SIGHUP end this process as Ctrl-C does: with its children."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    old: dict[int, Any] = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
+
+
+def _stop(processes: Sequence[subprocess.Popen[str]]) -> None:
+    for process in processes:
+        if process.poll() is None:
+            process.terminate()
+    deadline = time.monotonic() + GRACE
+    for process in processes:
+        try:
+            process.wait(max(0.1, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+def _failure(what: str, status: int, tail: Sequence[str], log: Path) -> ElasticError:
+    errors = [index for index, line in enumerate(tail) if _ERROR.search(line)]
+    if errors:
+        # The child's own message says it all; a list of faults goes on in indented lines.
+        first = _ERROR.search(tail[errors[0]])
+        assert first is not None
+        message = [first.group(1)]
+        for line in tail[errors[0] + 1 :]:
+            if not line.startswith("  - "):
+                break
+            message.append(line)
+        text = "\n".join(message)
+        return ElasticError(f"{text}\n({what} ended with status {status}; its whole output is in {log})")
+    shown = "".join(f"\n  | {line}" for line in list(tail)[-TAIL:])
+    return ElasticError(f"{what} ended with status {status}; the end of its output, all of which is in {log}:{shown}")
+
+
+def run_children(commands: Sequence[Sequence[str]], *, what: str, log: Path) -> None:
+    """Runs commands side by side to their end; if one fails, or this process is interrupted, the others are ended too.
+
+    Args:
+        commands: complete command lines.
+        what: name for messages.
+        log: file that the output is added to; with several commands, `-1`, `-2`, ... is added to its name.
+
+    Raises:
+        ElasticError: a command failed; the message has its status and the end of its output, or its own error message.
+    """
+    log.parent.mkdir(parents=True, exist_ok=True)
+    logs = [log] if len(commands) == 1 else [log.with_stem(f"{log.stem}-{n}") for n in range(1, len(commands) + 1)]
+    tails: list[deque[str]] = [deque(maxlen=400) for _ in commands]
+    processes: list[subprocess.Popen[str]] = []
+    threads = []
+
+    def follow(process: subprocess.Popen[str], path: Path, tail: deque[str]) -> None:
+        assert process.stdout is not None
+        with path.open("a", encoding="utf-8") as file:
+            for line in process.stdout:
+                file.write(line)
+                file.flush()
+                tail.append(line.rstrip("\n"))
+                shown = progress_line(line)
+                if shown:
+                    print(f"  {shown}", flush=True)
+
+    with _terminated_as_interrupt():
+        try:
+            for command, path, tail in zip(commands, logs, tails, strict=True):
+                # A session of its own: Ctrl-C reaches this process alone, which then ends the child in order.
+                process = subprocess.Popen(
+                    command,
+                    env=environment(),
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.STDOUT,
+                    text=True,
+                    errors="replace",
+                    start_new_session=True,
+                )
+                processes.append(process)
+                threads.append(threading.Thread(target=follow, args=(process, path, tail), daemon=True))
+                threads[-1].start()
+            while any(process.poll() is None for process in processes) and not any(p.poll() for p in processes):
+                time.sleep(0.05)
+        finally:
+            _stop(processes)
+            for thread in threads:
+                thread.join(5)
+    # A child that failed by itself comes before those that were ended because of it.
+    failed = sorted((n for n, p in enumerate(processes) if p.returncode), key=lambda n: processes[n].returncode < 0)
+    if failed:
+        number = failed[0]
+        raise _failure(what, processes[number].returncode, list(tails[number]), logs[number])
+
+
+def command_line(*words: object) -> list[str]:
+    """This program with other arguments, in a process of its own."""
+    return [sys.executable, "-m", "megatron_elastic", *map(str, words)]
+
+
+def run_ranks(words: Sequence[object], *, ranks: int, what: str, log: Path) -> None:
+    """Runs `megatron-elastic WORDS` on `ranks` processes of this machine, under torchrun.
+
+    Raises:
+        ElasticError: more ranks than GPUs, or a rank failed.
+    """
+    check_ranks(ranks)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "1", "--nproc-per-node", str(ranks)]
+    address = ["--master-addr", "127.0.0.1", "--master-port", str(_free_port())]
+    run_children([[*launcher, *address, "-m", "megatron_elastic", *map(str, words)]], what=what, log=log)

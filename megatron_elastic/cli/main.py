@@ -1,0 +1,76 @@
+"""`megatron-elastic`: finds the subcommand, runs it, and turns what goes wrong into one message and an exit status."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+from megatron_elastic import __version__
+from megatron_elastic.errors import ElasticError, RecipeError
+
+COMMANDS = ("corpus", "pretrain", "rank", "sort", "train", "extract", "evaluate", "report", "quickstart")
+"""Subcommands, in the order in which they are used."""
+
+WORKERS = ("_pretrain", "_scratch", "_stage", "_evaluate_all")
+"""What the subcommands start in processes of their own; not shown."""
+
+DESCRIPTION = """\
+One hybrid parent model (Mamba-2, attention, MLP) becomes a family of nested submodels that share its weights: trained
+together in one run with Megatron-Core, and cut out without any further training."""
+
+EPILOG = """\
+`megatron-elastic COMMAND --help` tells what a command reads and writes.
+Exit status: 0 done; 1 it could not be done, one message says why; 2 bad usage or a bad recipe, every fault is listed."""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of the whole command line; every subcommand's arguments carry `run`, the function to call."""
+    parser = argparse.ArgumentParser(
+        prog="megatron-elastic",
+        description=DESCRIPTION,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for name in COMMANDS:
+        module = import_module(f"megatron_elastic.cli.{name}")
+        command = commands.add_parser(name, help=module.HELP)
+        module.add_arguments(command)
+        command.set_defaults(run=module.run)
+    return parser
+
+
+def _worker_parser() -> argparse.ArgumentParser:
+    from megatron_elastic.cli import worker
+
+    parser = argparse.ArgumentParser(prog="megatron-elastic")
+    commands = parser.add_subparsers(required=True)
+    for name in WORKERS:
+        command = commands.add_parser(name)
+        worker.add_arguments(name, command)
+        command.set_defaults(run=worker.RUN[name])
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one subcommand.
+
+    Args:
+        argv: without the program's name; None takes the process's own.
+
+    Returns:
+        Exit status: 0 done, 1 an error that the user can mend, 2 a bad recipe, 130 interrupted. Bad usage exits with 2.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    parser = _worker_parser() if words and words[0] in WORKERS else build_parser()
+    arguments = parser.parse_args(words)
+    try:
+        status: int = arguments.run(arguments)
+    except ElasticError as error:
+        print(f"megatron-elastic: error: {error}", file=sys.stderr)
+        return 2 if isinstance(error, RecipeError) else 1
+    except KeyboardInterrupt:
+        print("megatron-elastic: interrupted; run the same command again to go on", file=sys.stderr)
+        return 130
+    return status

@@ -1,0 +1,81 @@
+"""How far a run has come, from the files it left, without starting Megatron where that can be told without."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from megatron_elastic.checkpoint import TRACKER, find_checkpoint
+from megatron_elastic.cli.launch import gpu_count
+from megatron_elastic.config import Recipe
+from megatron_elastic.errors import CheckpointError, CorpusError
+
+
+def tracked(folder: str | Path) -> int:
+    """Iteration of the newest checkpoint that Megatron wrote to a folder; 0 where there is none.
+
+    Raises:
+        CheckpointError: the folder's tracker file does not hold an iteration.
+    """
+    path = Path(folder) / TRACKER
+    if not path.exists():
+        return 0
+    text = path.read_text("utf-8").strip()
+    if not text.isdecimal():
+        raise CheckpointError(f"{path} says {text!r}, where an iteration must stand: choose another folder")
+    return int(text)
+
+
+def family_position(recipe: Recipe) -> int:
+    """Optimizer steps that the saved family has made; Megatron is imported only where there is a checkpoint."""
+    if tracked(recipe.save) == 0:
+        return 0
+    prepare()
+    from megatron_elastic.training import family_position
+
+    return family_position(recipe)
+
+
+def prepare() -> None:
+    """Makes Megatron's training usable in this process: the CPU adaptation where there is no GPU, and the mends."""
+    from megatron_elastic import megatron_compat
+
+    if not gpu_count():
+        from megatron_elastic.cpu import adaptation
+
+        adaptation.install_training()
+    megatron_compat.install()
+
+
+def default_ranks(flags: Mapping[str, Any]) -> int:
+    """All GPUs, or, without a GPU, as many ranks as one copy of the model takes."""
+    one = int(flags.get("tensor-model-parallel-size", 1)) * int(flags.get("pipeline-model-parallel-size", 1))
+    return gpu_count() or one
+
+
+def logs(save: str | Path) -> Path:
+    """Folder of the logs of a run that saves to `save`: beside it."""
+    return Path(save).parent / "logs"
+
+
+def check_data(recipe: Recipe) -> None:
+    """Refuses a recipe whose token data is not there.
+
+    Raises:
+        CorpusError: a file is missing.
+    """
+    for prefix in (recipe.train_data, recipe.validation_data):
+        for suffix in ("idx", "bin"):
+            if not Path(f"{prefix}.{suffix}").is_file():
+                raise CorpusError(
+                    f"{prefix}.{suffix} does not exist: make it with `megatron-elastic corpus`, or mend the recipe (paths "
+                    "are relative to the working directory)"
+                )
+
+
+def check_parent(recipe: Recipe) -> None:
+    """Refuses a recipe whose parent is not there.
+
+    Raises:
+        CheckpointError: no checkpoint where the recipe says.
+    """
+    find_checkpoint(recipe.parent)

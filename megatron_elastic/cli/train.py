@@ -1,0 +1,81 @@
+"""`megatron-elastic train`: the elastic run, stage after stage."""
+
+import argparse
+import os
+from pathlib import Path
+
+from megatron_elastic.cli import launch, options
+from megatron_elastic.errors import ElasticError
+
+HELP = "train the family: every budget at once, by distillation from the frozen parent"
+DESCRIPTION = """\
+Train the family that the recipe describes, from the sorted parent (elastic.parent) into elastic.save, with Megatron's
+pretrain(): one run of its own for every stage. Stages that are done are left out, and an interrupted stage goes on from its
+newest checkpoint. Under torchrun it is one of the ranks and makes one stage, the current one: start it once a stage.
+Otherwise it starts the ranks. Output: logs/train-stage-N.log beside the family's folder; TensorBoard: SAVE/tensorboard."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the subcommand's arguments on its own parser."""
+    options.describe(parser, DESCRIPTION)
+    options.recipe(parser)
+    options.ranks(parser, "all GPUs; without a GPU, one copy of the model")
+
+
+def train(path: Path, ranks: int | None = None) -> bool:
+    """Trains the stages that are not done.
+
+    Returns:
+        Whether there was anything to do.
+
+    Raises:
+        RecipeError: the recipe has faults.
+        ElasticError: the parent, the data or a foreign family in the way; or the training failed.
+    """
+    from megatron_elastic.cli import position
+    from megatron_elastic.config import load_recipe
+
+    recipe = load_recipe(path)
+    ranks = ranks or position.default_ranks(recipe.megatron)
+    recipe = load_recipe(path, world_size=ranks)
+    position.check_data(recipe)
+    position.check_parent(recipe)
+    made = position.family_position(recipe)
+    first = recipe.stage_of(made)
+    for number in range(1, first):
+        print(f"stage {number} of {len(recipe.stages)} is done already", flush=True)
+    for number in range(first, len(recipe.stages) + 1):
+        print(f"stage {number} of {len(recipe.stages)}: {recipe.stages[number - 1].iterations} iterations", flush=True)
+        log = position.logs(recipe.save) / f"train-stage-{number}.log"
+        words = ["_stage", path, "--stage", number]
+        launch.run_ranks(words, ranks=ranks, what=f"stage {number} of the elastic run", log=log)
+        end = recipe.iterations_before(number + 1)
+        if position.tracked(recipe.save) < end:
+            raise ElasticError(f"stage {number} ended before iteration {end} was saved: see {log}, and run this again")
+    return first <= len(recipe.stages)
+
+
+def _one_rank(arguments: argparse.Namespace) -> int:
+    from megatron_elastic.cli import position, worker
+    from megatron_elastic.config import load_recipe
+
+    world = int(os.environ["WORLD_SIZE"])
+    if arguments.ranks not in (None, world):
+        raise ElasticError(f"--ranks {arguments.ranks}: torchrun started {world}; leave --ranks out under torchrun")
+    recipe = load_recipe(arguments.recipe, world_size=world)
+    position.check_data(recipe)
+    position.check_parent(recipe)
+    number = recipe.stage_of(position.family_position(recipe))
+    if number > len(recipe.stages):
+        print("every stage is done: nothing to do")
+        return 0
+    return worker.train(arguments.recipe, number)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Do what the arguments ask for and return the exit status."""
+    if launch.under_torchrun():
+        return _one_rank(arguments)
+    if not train(arguments.recipe, arguments.ranks):
+        print("every stage is done: nothing to do")
+    return 0

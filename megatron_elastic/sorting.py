@@ -1,0 +1,197 @@
+"""Sorting: one permutation of a parent into block order, which changes no output, and the checkpoint of it."""
+
+from argparse import Namespace
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_elastic.axes import Dimension, layer_kinds
+from megatron_elastic.checkpoint import (
+    STORED_IN_PARTS,
+    LazyTensor,
+    TensorInfo,
+    find_checkpoint,
+    parameters,
+    read_common,
+    read_parameter,
+    write_checkpoint,
+)
+from megatron_elastic.config import Recipe
+from megatron_elastic.errors import CheckpointError
+from megatron_elastic.flags import shape_flags
+from megatron_elastic.importance.scores import AXIS_OF_KIND, Scores
+from megatron_elastic.layout import Layout, ModelShape
+from megatron_elastic.metadata import Metadata
+
+_LAYER = "decoder.layers."
+
+
+@dataclass(frozen=True)
+class Orders:
+    """The order of every axis: entry `i` of the sorted parent is entry `order[i]` of the parent.
+
+    Attributes:
+        hidden: `[h]` int64, shared by all layers.
+        layers: layer number -> axis -> `[size of the axis]` int64.
+    """
+
+    hidden: Tensor
+    layers: Mapping[int, Mapping[str, Tensor]]
+
+    def of(self, name: str) -> dict[str, Tensor]:
+        """The orders that concern a parameter, by axis."""
+        own = self.layers.get(int(name.removeprefix(_LAYER).split(".")[0]), {}) if name.startswith(_LAYER) else {}
+        return {"hidden": self.hidden, **own}
+
+
+def orders_from_scores(layout: Layout, scores: Scores) -> Orders:
+    """Block order by importance, most important first.
+
+    Raises:
+        CheckpointError: the scores are another parent's.
+    """
+    faults = scores.faults(layout.shape)
+    if faults:
+        raise CheckpointError(f"these scores are another parent's: {'; '.join(faults[:5])}: rank this parent")
+    layers = {
+        number: {axis: layout.orders[axis].permutation(tensor) for axis, tensor in axes.items()}
+        for number, axes in scores.layers.items()
+    }
+    return Orders(layout.orders["hidden"].permutation(scores.hidden), layers)
+
+
+def random_orders(layout: Layout, seed: int) -> Orders:
+    """An order drawn at random, heads inside their groups: what a cut is compared with."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(axis: str) -> Tensor:
+        order = layout.orders[axis]
+        return order.permutation(torch.rand(order.size, generator=generator, dtype=torch.float64))
+
+    hidden = draw("hidden")
+    kinds = enumerate(layer_kinds(layout.shape.pattern))
+    return Orders(hidden, {number: {AXIS_OF_KIND[kind]: draw(AXIS_OF_KIND[kind])} for number, kind in kinds})
+
+
+def permuted(tensor: Tensor, dimensions: tuple[Dimension, ...], orders: Mapping[str, Tensor]) -> Tensor:
+    """A parameter in the given orders: every dimension that has a sorted axis is permuted."""
+    for number, dimension in enumerate(dimensions):
+        rows = dimension.permutation(orders)
+        if rows is not None:
+            tensor = tensor.index_select(number, rows)
+    return tensor
+
+
+def source_parameters(path: Path, layout: Layout) -> dict[str, TensorInfo]:
+    """The parameters of a checkpoint, every one accounted for by the layout.
+
+    Raises:
+        CheckpointError: one is missing, of another shape, or unknown (it would be lost).
+    """
+    found = {name: info for name, info in parameters(path).items() if not name.startswith("elastic.")}
+    wanted = {name: tuple(d.size for d in dimensions) for name, dimensions in layout.parameters().items()}
+    faults = [f"{name} is missing" for name in wanted if name not in found]
+    faults += [f"{name} has no place in the family's shape" for name in sorted(set(found) - set(wanted))]
+    for name, shape in wanted.items():
+        if name in found and found[name].shape != shape:
+            faults.append(f"{name} is {found[name].shape}, the shape says {shape}")
+    if faults:
+        more = f" and {len(faults) - 3} more" if len(faults) > 3 else ""
+        raise CheckpointError(f"{path}: not a checkpoint of this parent: {'; '.join(faults[:3])}{more}")
+    return {name: found[name] for name in wanted}
+
+
+def stored_parts(name: str, dimension: Dimension) -> tuple[int, ...]:
+    """Sizes of the parts that a parameter is stored in; empty where it is stored whole."""
+    return dimension.part_sizes() if name.endswith(tuple(f".{end}" for end in STORED_IN_PARTS)) else ()
+
+
+def common_state(path: Path, shape: ModelShape | None = None) -> dict[str, Any]:
+    """What a rewritten checkpoint keeps beside its tensors: the arguments, of a run that has not begun.
+
+    Args:
+        path: the source.
+        shape: sizes to put into the arguments; None leaves them.
+    """
+    args = read_common(path).get("args")
+    kept = vars(args) if isinstance(args, Namespace) else {}
+    changed: dict[str, Any] = {"iteration": 0}
+    changed.update((name, 0) for name in kept if name.startswith("consumed_") or name == "skipped_train_samples")
+    if shape is not None:
+        changed.update((flag.replace("-", "_"), value) for flag, value in shape_flags(shape, {}).items())
+    return {"args": Namespace(**{**kept, **changed})}
+
+
+def sort_checkpoint(
+    source: str | Path,
+    out: str | Path,
+    *,
+    shape: ModelShape,
+    ffn_blocks: int,
+    flags: Mapping[str, Any],
+    orders: Orders,
+    overwrite: bool = False,
+) -> Path:
+    """Writes the sorted parent, parameter by parameter; its outputs are the parent's up to rounding.
+
+    Args:
+        source: checkpoint of the parent.
+        out: folder for the sorted one; must not exist, or be empty.
+        shape: of the parent.
+        ffn_blocks: blocks of the `ffn` axis.
+        flags: Megatron's model flags, kept in the description.
+        orders: as made by `orders_from_scores`.
+        overwrite: replace what is in `out`.
+
+    Returns:
+        The folder written.
+
+    Raises:
+        CheckpointError: the source is not this parent, or `out` is taken.
+    """
+    path, layout = find_checkpoint(source), Layout(shape, ffn_blocks)
+    dimensions = layout.parameters()
+
+    def lazy(name: str, info: TensorInfo) -> LazyTensor:
+        def read() -> Tensor:
+            return permuted(read_parameter(path, name), dimensions[name], orders.of(name))
+
+        return LazyTensor(info.shape, info.dtype, read, stored_parts(name, dimensions[name][0]))
+
+    return write_checkpoint(
+        out,
+        {name: lazy(name, info) for name, info in source_parameters(path, layout).items()},
+        common=common_state(path),
+        metadata=Metadata(kind="sorted", shape=shape, ffn_blocks=ffn_blocks, flags=flags),
+        overwrite=overwrite,
+    )
+
+
+def sort_parent(recipe: Recipe, checkpoint: str | Path, scores: str | Path, out: str | Path) -> Path:
+    """Sorts the parent of a recipe by scores, and writes it.
+
+    Args:
+        recipe: for the parent's shape, its blocks and flags.
+        checkpoint: of the parent.
+        scores: file written by `rank_parent`.
+        out: folder to write; must not exist, or be empty.
+
+    Returns:
+        The folder written.
+
+    Raises:
+        CheckpointError: the checkpoint or the scores are not this parent's, or `out` is taken.
+    """
+    family = recipe.family
+    return sort_checkpoint(
+        checkpoint,
+        out,
+        shape=family.shape,
+        ffn_blocks=family.ffn_blocks,
+        flags=recipe.megatron,
+        orders=orders_from_scores(family.layout, Scores.load(scores)),
+    )

@@ -1,0 +1,197 @@
+"""One process, one whole model: what ranking and evaluation need of Megatron, without its training loop."""
+
+import contextlib
+import os
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.models.hybrid.hybrid_model import HybridModel
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+from megatron.training.argument_utils import hybrid_config_from_args
+from megatron.training.arguments import parse_args, validate_args
+from megatron.training.models.hybrid import HybridModelBuilder, HybridModelConfig
+
+from megatron_elastic import megatron_compat
+from megatron_elastic.checkpoint import find_checkpoint, parameters, read_parameter
+from megatron_elastic.cpu import adaptation
+from megatron_elastic.errors import CheckpointError, ElasticError, RecipeError
+from megatron_elastic.family import Family
+from megatron_elastic.flags import padded_vocabulary, to_argv
+from megatron_elastic.layers.plain import plain_stack_spec
+from megatron_elastic.model import ElasticHybridModel, ElasticModelBuilder, ElasticModelConfig
+from megatron_elastic.schedule import CPU_FLAGS, LOCAL_BACKEND_FLAGS
+
+LAYOUT_FLAGS = (
+    "tensor-model-parallel-size",
+    "pipeline-model-parallel-size",
+    "sequence-parallel",
+    "context-parallel-size",
+    "expert-model-parallel-size",
+    "expert-tensor-parallel-size",
+    "virtual-pipeline-model-parallel-size",
+    "num-virtual-stages-per-pipeline-rank",
+    "num-layers-per-virtual-pipeline-stage",
+    "decoder-first-pipeline-num-layers",
+    "decoder-last-pipeline-num-layers",
+    "use-distributed-optimizer",
+    "overlap-grad-reduce",
+    "overlap-param-gather",
+    "overlap-param-gather-with-optimizer-step",
+    "tp-comm-overlap",
+    "recompute-activations",
+    "recompute-granularity",
+    "recompute-method",
+    "recompute-num-layers",
+    "recompute-modules",
+    "distribute-saved-activations",
+)
+"""Flags about the layout of a run: one process has none."""
+
+RUN_FLAGS = (
+    "lr",
+    "min-lr",
+    "lr-warmup-iters",
+    "lr-warmup-fraction",
+    "tensorboard-dir",
+    "wandb-project",
+    "fp16",
+    "bf16",
+)
+"""Flags about training and precision: set here, or without meaning outside training."""
+
+
+@contextlib.contextmanager
+def single_process(seed: int = 1234) -> Iterator[None]:
+    """Megatron's process groups for one process, on the GPU or, where there is none, on the CPU adaptation.
+
+    Args:
+        seed: of Megatron's random states.
+
+    Raises:
+        ElasticError: under a launcher of several processes, or where process groups exist already.
+    """
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    if ranks > 1:
+        raise ElasticError(f"this runs on one process, and a launcher started {ranks}: start it without torchrun")
+    if not torch.cuda.is_available():
+        adaptation.install()
+    megatron_compat.install()
+    if torch.distributed.is_initialized():
+        raise ElasticError("torch.distributed is initialised already: call this in a process of its own")
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    torch.distributed.init_process_group(backend, store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        parallel_state.initialize_model_parallel()
+        model_parallel_cuda_manual_seed(seed)
+        yield
+    finally:
+        parallel_state.destroy_model_parallel()
+        torch.distributed.destroy_process_group()
+
+
+def _arguments(flags: Mapping[str, Any], dtype: torch.dtype) -> Any:
+    """Megatron's arguments for a recipe's flags, read by its own parser and validation, on one process."""
+    pattern = str(flags["hybrid-layer-pattern"]).replace("|", "")
+    kept = {name: value for name, value in flags.items() if name not in LAYOUT_FLAGS and name not in RUN_FLAGS}
+    made = {
+        **LOCAL_BACKEND_FLAGS,
+        **({} if torch.cuda.is_available() else CPU_FLAGS),
+        **kept,
+        "hybrid-layer-pattern": pattern,
+        "bf16": dtype is torch.bfloat16,
+        "fp16": dtype is torch.float16,
+        # The parser demands these; no layer depends on them with no or rotary positions.
+        "seq-length": 1,
+        "max-position-embeddings": 1,
+        "micro-batch-size": 1,
+        "train-iters": 1,
+        "lr": 1.0,
+    }
+    before = sys.argv
+    sys.argv = [before[0], *to_argv(made)]
+    try:
+        # Megatron prints every argument, and standard output is for results.
+        with contextlib.redirect_stdout(sys.stderr):
+            args = parse_args()
+            args.world_size, args.rank = 1, 0
+            validate_args(args)
+    except (SystemExit, AssertionError, ValueError) as error:
+        raise RecipeError([f"megatron: Megatron refuses these flags: {error}"]) from error
+    finally:
+        sys.argv = before
+    args.params_dtype = dtype
+    args.padded_vocab_size = padded_vocabulary(flags)
+    return args
+
+
+def _to[M: torch.nn.Module](model: M, dtype: torch.dtype) -> M:
+    # Core keeps A_log and D in fp32 whatever the parameters' type; fp64 is for proofs, which they would spoil.
+    if dtype is torch.float64:
+        model.double()
+    return model.cuda(torch.cuda.current_device())
+
+
+def build_plain_model(flags: Mapping[str, Any], dtype: torch.dtype = torch.float32) -> HybridModel:
+    """Core's `HybridModel` on the local backend, whole, with initial weights; inside `single_process`.
+
+    Args:
+        flags: Megatron's model flags, without dashes in front; those of the layout and of training are left out.
+        dtype: of the parameters and of the computation.
+
+    Raises:
+        RecipeError: Megatron refuses the flags.
+    """
+    config = hybrid_config_from_args(_arguments(flags, dtype), model_config_cls=HybridModelConfig)
+    config.hybrid_stack_spec = plain_stack_spec
+    model = HybridModelBuilder(config).build_model(ProcessGroupCollection.use_mpu_process_groups())
+    return _to(model, dtype)
+
+
+def build_elastic_model(
+    flags: Mapping[str, Any], family: Family, dtype: torch.dtype = torch.float32
+) -> ElasticHybridModel:
+    """The elastic model of a family, whole, with initial weights, without teacher and router; inside `single_process`.
+
+    Args:
+        flags: as for `build_plain_model`.
+        family: its shape is the one that the flags describe.
+        dtype: of the parameters and of the computation.
+
+    Raises:
+        RecipeError: Megatron refuses the flags.
+    """
+    config = hybrid_config_from_args(_arguments(flags, dtype), model_config_cls=ElasticModelConfig)
+    config.family = family
+    model: ElasticHybridModel = ElasticModelBuilder(config).build_plain(ProcessGroupCollection.use_mpu_process_groups())
+    return _to(model, dtype)
+
+
+@torch.no_grad()
+def load_weights(model: Any, checkpoint: str | Path) -> None:
+    """Loads every parameter by its stock name, one at a time, in the model's dtype.
+
+    Args:
+        model: whole, plain or elastic.
+        checkpoint: folder of a parent, a family or an extracted model; a family's router and description are left.
+
+    Raises:
+        CheckpointError: no checkpoint there, or not one of this model.
+    """
+    path = find_checkpoint(checkpoint)
+    wanted = dict(model.named_parameters())
+    found = {name: info for name, info in parameters(path).items() if not name.startswith("elastic.")}
+    faults = [f"{name} missing" for name in sorted(set(wanted) - set(found))]
+    faults += [f"{name} not in the model" for name in sorted(set(found) - set(wanted))]
+    for name in sorted(set(wanted) & set(found)):
+        if tuple(wanted[name].shape) != found[name].shape:
+            faults.append(f"{name} is {found[name].shape}, the model's {tuple(wanted[name].shape)}")
+    if faults:
+        more = f" and {len(faults) - 3} more" if len(faults) > 3 else ""
+        raise CheckpointError(f"{path}: not a checkpoint of this model: {'; '.join(faults[:3])}{more}")
+    for name, parameter in wanted.items():
+        parameter.copy_(read_parameter(path, name))

@@ -1,0 +1,49 @@
+"""A small parent's checkpoint for tests that need torch alone: every weight differs from every other."""
+
+from argparse import Namespace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from megatron_elastic.checkpoint import LazyTensor, write_checkpoint
+from megatron_elastic.layout import Layout, ModelShape
+from megatron_elastic.metadata import Metadata
+from megatron_elastic.sorting import stored_parts
+
+SHAPE = ModelShape(
+    pattern="M-*", vocab=10, hidden=12, ffn=16, attention_heads=8, query_groups=2, head_dim=3,
+    mamba_heads=8, mamba_head_dim=2, mamba_groups=2, mamba_state=3,
+)  # fmt: skip
+BLOCKS = 4
+LAYOUT = Layout(SHAPE, BLOCKS)
+FLAGS = {
+    "hybrid-layer-pattern": "M-*", "vocab-size": 10, "hidden-size": 12, "ffn-hidden-size": 16, "num-attention-heads": 8,
+    "group-query-attention": True, "num-query-groups": 2, "kv-channels": 3, "mamba-num-heads": 8, "mamba-head-dim": 2,
+    "mamba-num-groups": 2, "mamba-state-dim": 3, "squared-relu": True, "normalization": "RMSNorm",
+}  # fmt: skip
+
+
+def weights(layout: Layout = LAYOUT) -> dict[str, Tensor]:
+    """Every parameter filled with numbers that occur nowhere else (exact in fp32)."""
+    found, start = {}, 1
+    for name, dimensions in layout.parameters().items():
+        size = [dimension.size for dimension in dimensions]
+        count = torch.Size(size).numel()
+        found[name] = torch.arange(start, start + count, dtype=torch.float32).view(size)
+        start += count
+    assert start < 2**24
+    return found
+
+
+def write(folder: Path, tensors: dict[str, Tensor], *, layout: Layout = LAYOUT, metadata: Metadata | None = None) -> Path:
+    """A checkpoint as Megatron writes it, with the arguments of a run."""
+    args = Namespace(hidden_size=layout.shape.hidden, consumed_train_samples=640, iteration=20, num_layers=3, lr=0.1)
+    lazy = {
+        name: LazyTensor(
+            tuple(tensor.shape), tensor.dtype, lambda tensor=tensor: tensor,
+            stored_parts(name, layout.parameters()[name][0]) if name in layout.parameters() else (),
+        )
+        for name, tensor in tensors.items()
+    }  # fmt: skip
+    return write_checkpoint(folder, lazy, common={"args": args}, metadata=metadata, iteration=20)
