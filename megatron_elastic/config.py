@@ -1,25 +1,33 @@
-"""Recipes: a `megatron:` section of Megatron's own flags and an `elastic:` section, checked whole before anything runs."""
+"""Recipes: a `megatron:` section of Megatron's own flags and an `elastic:` section, checked before anything runs."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import yaml
 
 from megatron_elastic.axes import AXES
 from megatron_elastic.budget import Budget, Selection
 from megatron_elastic.cost_model import nearest, parameters
-from megatron_elastic.curriculum import Calibration, Evaluation, PretrainRun, Stage
+from megatron_elastic.curriculum import Calibration, Evaluation, PretrainRun, Stage, section
 from megatron_elastic.errors import RecipeError
 from megatron_elastic.family import Family
 from megatron_elastic.flags import flag_faults, model_shape
 from megatron_elastic.layout import ModelShape
 from megatron_elastic.router import RouterConfig
 
-__all__ = ["Calibration", "Evaluation", "PretrainRun", "Recipe", "Stage", "load_recipe", "parse_recipe", "reached_fraction"]
-
-T = TypeVar("T")
+__all__ = [
+    "Calibration",
+    "Evaluation",
+    "PretrainRun",
+    "Recipe",
+    "Stage",
+    "load_recipe",
+    "parse_recipe",
+    "reached_fraction",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +69,7 @@ class Recipe:
         return len(self.family.budgets) + 1
 
     def stage_of(self, iteration: int) -> int:
-        """Number (from 1) of the stage that makes the step after `iteration` steps; one past the last when all are made."""
+        """Number (from 1) of the stage that makes the step after `iteration` steps; one past the last when all are."""
         passed = 0
         for number, stage in enumerate(self.stages, start=1):
             passed += stage.iterations
@@ -88,39 +96,10 @@ class Recipe:
         return sum(s.iterations * s.global_batch_size * s.sequence_length for s in self.stages)
 
 
-def _section(cls: type[T], raw: Any, name: str, faults: list[str]) -> T | None:
-    """A dataclass from a mapping; unknown, missing and mistyped keys become faults."""
-    if not isinstance(raw, Mapping):
-        faults.append(f"{name}: {raw!r} must be a mapping")
-        return None
-    known = {f.name: f for f in fields(cls)}  # type: ignore[arg-type]
-    good = True
-    for key in sorted(set(raw) - set(known), key=str):
-        faults.append(f"{name}.{key}: unknown key; known are {sorted(known)}")
-        good = False
-    values: dict[str, Any] = {}
-    for key, kind in ((key, known[key].type) for key in raw if key in known):
-        value = tuple(raw[key]) if isinstance(raw[key], list) else raw[key]
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        if (kind is int and not (number and float(value).is_integer())) or (kind is float and not number):
-            faults.append(f"{name}.{key}: {value!r} must be {'a whole' if kind is int else 'a'} number")
-            good = False
-        elif number and value < 0 and key != "seed":
-            faults.append(f"{name}.{key}: {value!r} must not be negative")
-            good = False
-        else:
-            values[key] = kind(value) if kind in (int, float) else value
-    try:
-        return cls(**values) if good else None
-    except TypeError as error:
-        faults.append(f"{name}: {str(error).replace('__init__() ', '')}")
-        return None
-
-
 KNOWN_KEYS = (
-    "parent save train_data validation_data ffn_blocks axes budgets selections router stages temperature save_interval "
-    "evaluation calibration"
-).split()
+    *("parent", "save", "train_data", "validation_data", "ffn_blocks", "axes", "budgets", "selections", "router"),
+    *("stages", "temperature", "save_interval", "evaluation", "calibration"),
+)
 REQUIRED_KEYS = ("parent", "save", "train_data", "validation_data", "axes", "budgets", "stages")
 
 
@@ -154,7 +133,7 @@ def _budgets(elastic: Mapping[str, Any], faults: list[str]) -> tuple[Budget, ...
     if not isinstance(raw, list) or not raw:
         faults.append(f"elastic.budgets: {raw!r} must be a list of {{name, fraction}}, largest first")
         return ()
-    made = [_section(Budget, entry, f"elastic.budgets[{number}]", faults) for number, entry in enumerate(raw)]
+    made = [section(Budget, entry, f"elastic.budgets[{number}]", faults) for number, entry in enumerate(raw)]
     budgets = tuple(budget for budget in made if budget is not None)
     if len(budgets) < len(raw):
         return ()
@@ -162,7 +141,12 @@ def _budgets(elastic: Mapping[str, Any], faults: list[str]) -> tuple[Budget, ...
     if len(set(names)) < len(names):
         faults.append(f"elastic.budgets: names {names} must differ")
     for name in names:
-        if not isinstance(name, str) or not name or any(c in "/\\" or c.isspace() for c in name) or name.startswith("."):
+        if (
+            not isinstance(name, str)
+            or not name
+            or any(c in "/\\" or c.isspace() for c in name)
+            or name.startswith(".")
+        ):
             faults.append(f"elastic.budgets: name {name!r} must be usable as a folder's name")
     sizes = [budget.fraction for budget in budgets]
     for size in sizes:
@@ -170,7 +154,7 @@ def _budgets(elastic: Mapping[str, Any], faults: list[str]) -> tuple[Budget, ...
             faults.append(f"elastic.budgets: fraction {size} must lie above 0 and not above 1")
     if sizes[0] != 1.0:
         faults.append(f"elastic.budgets: the first fraction {sizes[0]} must be 1.0, the parent's own size")
-    if any(a <= b for a, b in zip(sizes, sizes[1:], strict=False)):
+    if any(a <= b for a, b in pairwise(sizes)):
         faults.append(f"elastic.budgets: fractions {sizes} must be strictly descending")
     return budgets
 
@@ -182,8 +166,8 @@ def _reachable(family: Family, tolerance: float, faults: list[str]) -> None:
         selection, reached = nearest(family.shape, family.choices, budget.fraction)
         if abs(reached / budget.fraction - 1.0) > tolerance:
             faults.append(
-                f"elastic.budgets.{budget.name}: no selection comes within {tolerance:.1%} of {budget.fraction:.3f} of the "
-                f"parent's parameters; the nearest has {reached:.4f} ({selection.as_dict()}): add choices"
+                f"elastic.budgets.{budget.name}: no selection comes within {tolerance:.1%} of {budget.fraction:.3f} of "
+                f"the parent's parameters; the nearest has {reached:.4f} ({selection.as_dict()}): add choices"
             )
 
 
@@ -211,7 +195,7 @@ def _stages(raw: Any, budgets: int, data_parallel: int, faults: list[str]) -> tu
     if not isinstance(raw, list) or not raw:
         faults.append(f"elastic.stages: {raw!r} must be a list of stages")
         return ()
-    made = [_section(Stage, entry, f"elastic.stages[{number}]", faults) for number, entry in enumerate(raw)]
+    made = [section(Stage, entry, f"elastic.stages[{number}]", faults) for number, entry in enumerate(raw)]
     for number, stage in enumerate(made):
         if stage is None:
             continue
@@ -222,8 +206,8 @@ def _stages(raw: Any, budgets: int, data_parallel: int, faults: list[str]) -> tu
         step = stage.micro_batch_size * data_parallel
         if step and stage.global_batch_size % step:
             faults.append(
-                f"{name}.global_batch_size: {stage.global_batch_size} must be a multiple of micro_batch_size x data-parallel "
-                f"size = {step}: roles are dealt in groups of that size"
+                f"{name}.global_batch_size: {stage.global_batch_size} must be a multiple of micro_batch_size x "
+                f"data-parallel size = {step}: roles are dealt in groups of that size"
             )
         weights = stage.weights
         numbers = isinstance(weights, tuple) and all(isinstance(w, int | float) and w >= 0 for w in weights)
@@ -235,7 +219,7 @@ def _stages(raw: Any, budgets: int, data_parallel: int, faults: list[str]) -> tu
 def _pretrain(
     raw: Any, megatron: Mapping[str, Any], shape: ModelShape | None, world_size: int | None, faults: list[str]
 ) -> PretrainRun | None:
-    run = _section(PretrainRun, raw, "pretrain", faults)
+    run = section(PretrainRun, raw, "pretrain", faults)
     if run is None:
         return None
     if not isinstance(run.save, str) or not run.save:
@@ -253,13 +237,15 @@ def _pretrain(
     if shape is not None:
         faults.extend(f"pretrain.{fault}" for fault in found)
     if shape is not None and other is not None and other != shape:
-        faults.append("pretrain.megatron: changes the model that the section megatron describes (its vocabulary's padding counts)")
+        faults.append(
+            "pretrain.megatron: changes the model that the section megatron describes (its vocabulary's padding counts)"
+        )
     ranks = _model_parallel(merged, [])[1]
     step = run.micro_batch_size * max(1, (world_size or ranks) // ranks)
     if step and run.global_batch_size % step:
         faults.append(
-            f"pretrain.global_batch_size: {run.global_batch_size} must be a multiple of micro_batch_size x data-parallel "
-            f"size = {step}"
+            f"pretrain.global_batch_size: {run.global_batch_size} must be a multiple of micro_batch_size x "
+            f"data-parallel size = {step}"
         )
     return run
 
@@ -298,7 +284,7 @@ def _router(elastic: Mapping[str, Any], stages: Sequence[Stage], faults: list[st
         if "router" in elastic:
             faults.append("elastic.router: with elastic.selections no router is built; remove one of the two")
         return None
-    router = _section(RouterConfig, elastic.get("router", {}), "elastic.router", faults)
+    router = section(RouterConfig, elastic.get("router", {}), "elastic.router", faults)
     if router is not None and router.iterations > sum(stage.iterations for stage in stages):
         faults.append(f"elastic.router.iterations: {router.iterations} exceeds the stages' iterations")
     return router
@@ -336,7 +322,7 @@ def parse_recipe(raw: Any, *, world_size: int | None = None, source: str = "reci
     if not isinstance(megatron, Mapping) or not isinstance(elastic, Mapping):
         raise RecipeError([*faults, "the sections `megatron` and `elastic` are both required, as mappings"], source)
     for key in sorted(set(elastic) - set(KNOWN_KEYS), key=str):
-        faults.append(f"elastic.{key}: unknown key; known are {KNOWN_KEYS}")
+        faults.append(f"elastic.{key}: unknown key; known are {list(KNOWN_KEYS)}")
     faults.extend(f"elastic.{key}: required" for key in REQUIRED_KEYS if key not in elastic)
     faults.extend(flag_faults(megatron))
     shape = model_shape(megatron, faults)
@@ -354,8 +340,8 @@ def parse_recipe(raw: Any, *, world_size: int | None = None, source: str = "reci
         _reachable(family, router.tolerance if router else 0.02, faults)
     pretrain = None if raw.get("pretrain") is None else _pretrain(raw["pretrain"], megatron, shape, world_size, faults)
     single = _single(elastic, faults)
-    evaluation = _section(Evaluation, elastic.get("evaluation", {}), "elastic.evaluation", faults)
-    calibration = _section(Calibration, elastic.get("calibration", {}), "elastic.calibration", faults)
+    evaluation = section(Evaluation, elastic.get("evaluation", {}), "elastic.evaluation", faults)
+    calibration = section(Calibration, elastic.get("calibration", {}), "elastic.calibration", faults)
     if faults or family is None or evaluation is None or calibration is None:
         raise RecipeError(faults, source)
     return Recipe(

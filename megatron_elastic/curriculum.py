@@ -1,7 +1,7 @@
-"""Settings of a recipe that are plain numbers: the stages of the curriculum, the parent's training, evaluation, calibration."""
+"""Settings of a recipe that are plain numbers: curriculum, the parent's training, evaluation, calibration."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
 
@@ -71,3 +71,42 @@ class PretrainRun:
             micro_batch_size=self.micro_batch_size,
             weights=(1.0,),
         )
+
+
+def _value(kind: Any, raw: Any, name: str) -> tuple[Any, str | None]:
+    """One value as its field's type, and what is wrong with it."""
+    if kind not in (int, float):
+        return tuple(raw) if isinstance(raw, list) else raw, None
+    if isinstance(raw, bool) or not isinstance(raw, int | float) or (kind is int and not float(raw).is_integer()):
+        return None, f"{name}: {raw!r} must be {'a whole' if kind is int else 'a'} number"
+    if raw < 0 and not name.endswith(".seed"):
+        return None, f"{name}: {raw!r} must not be negative"
+    return kind(raw), None
+
+
+def section[T](cls: type[T], raw: Any, name: str, faults: list[str]) -> T | None:
+    """A dataclass from a mapping; unknown, missing and mistyped keys become faults.
+
+    Args:
+        cls: the dataclass.
+        raw: what the recipe holds.
+        name: of the section, for messages.
+        faults: what is wrong is added here.
+
+    Returns:
+        None where anything is wrong.
+    """
+    if not isinstance(raw, Mapping):
+        faults.append(f"{name}: {raw!r} must be a mapping")
+        return None
+    known = {each.name: each for each in fields(cls)}  # type: ignore[arg-type]
+    before, values = len(faults), dict[str, Any]()
+    for key in sorted(set(raw) - set(known), key=str):
+        faults.append(f"{name}.{key}: unknown key; known are {sorted(known)}")
+    for key in (key for key in raw if key in known):
+        values[key], fault = _value(known[key].type, raw[key], f"{name}.{key}")
+        if fault is not None:
+            faults.append(fault)
+    required = (key for key, each in known.items() if each.default is MISSING and each.default_factory is MISSING)
+    faults.extend(f"{name}.{key}: required" for key in required if key not in raw)
+    return cls(**values) if len(faults) == before else None

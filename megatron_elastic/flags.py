@@ -42,6 +42,13 @@ _OWNED = "set by the elastic section (stages, data, save): remove it here"
 _SELECTION = "a captured graph replays one selection; every microbatch of a step has another one"
 _NO_LAYER = "no elastic layer carries it"
 
+_OWNED_FLAGS = (
+    *("train-iters", "train-samples", "global-batch-size", "micro-batch-size", "seq-length", "max-position-embeddings"),
+    *("data-path", "train-data-path", "valid-data-path", "test-data-path", "split", "eval-iters", "eval-interval"),
+    *("save", "load", "save-interval", "finetune", "pretrained-checkpoint", "lr-decay-iters", "lr-decay-samples"),
+    *("skip-train", "spec"),
+)
+
 REFUSALS: tuple[Refusal, ...] = (
     # What the joint step relies on.
     Refusal("calculate-per-token-loss", _missing, "required: without it core divides by the teacher's microbatch too"),
@@ -50,7 +57,9 @@ REFUSALS: tuple[Refusal, ...] = (
     Refusal("external-cuda-graph", _given, _SELECTION),
     Refusal("use-megatron-fsdp", _given, "sliced gradients are added into DDP's main_grad, which FSDP does not keep"),
     Refusal("use-torch-fsdp2", _given, "sliced gradients are added into DDP's main_grad, which FSDP does not keep"),
-    Refusal("dataloader-type", _not(None, "single"), "cyclic and external loaders break the groups of roles: use single"),
+    Refusal(
+        "dataloader-type", _not(None, "single"), "cyclic and external loaders break the groups of roles: use single"
+    ),
     Refusal("rampup-batch-size", _given, "a batch that is no multiple of the roles' groups breaks them"),
     Refusal("full-validation", _given, "its last batch is no multiple of the roles' groups"),
     Refusal("tp-comm-overlap", _given, "its user buffers have the full layer's shape, slices do not"),
@@ -62,8 +71,14 @@ REFUSALS: tuple[Refusal, ...] = (
     Refusal("overlap-p2p-communication-warmup-flush", _given, "not carried by the roles' microbatch order"),
     Refusal("fp32-residual-connection", _given, "the elastic stack keeps the residual in the parameters' type"),
     Refusal("context-parallel-size", _over_one, "the elastic Mamba and attention layers split no sequence yet"),
-    Refusal("hidden-dropout", _not(0, 0.0), "must be 0: with dropout what trains is not what is cut (core's default is 0.1)"),
-    Refusal("attention-dropout", _not(0, 0.0), "must be 0: with dropout what trains is not what is cut (core's default is 0.1)"),
+    Refusal(
+        "hidden-dropout", _not(0, 0.0), "must be 0: with dropout what trains is not what is cut (core's default is 0.1)"
+    ),
+    Refusal(
+        "attention-dropout",
+        _not(0, 0.0),
+        "must be 0: with dropout what trains is not what is cut (core's default is 0.1)",
+    ),
     # Parents that no elastic layer carries.
     Refusal("mtp-num-layers", _given, f"multi-token prediction: {_NO_LAYER}"),
     Refusal("num-experts", _given, f"MoE layers: {_NO_LAYER} yet"),
@@ -77,20 +92,21 @@ REFUSALS: tuple[Refusal, ...] = (
     Refusal("attention-output-gate", _given, f"an attention output gate: {_NO_LAYER}"),
     Refusal("multi-latent-attention", _given, f"multi-latent attention: {_NO_LAYER}"),
     Refusal("experimental-attention-variant", _given, f"gated delta net and other variants: {_NO_LAYER}"),
-    Refusal("position-embedding-type", _not("none", "rope"), "none and rope are carried (core's default is learned_absolute)"),
-    Refusal("normalization", _not("RMSNorm"), "RMSNorm is the norm that knows its effective width (core's default is LayerNorm)"),
+    Refusal(
+        "position-embedding-type",
+        _not("none", "rope"),
+        "none and rope are carried (core's default is learned_absolute)",
+    ),
+    Refusal(
+        "normalization",
+        _not("RMSNorm"),
+        "RMSNorm is the norm that knows its effective width (core's default is LayerNorm)",
+    ),
     Refusal("apply-layernorm-1p", _given, f"zero-centred norms: {_NO_LAYER}"),
     Refusal("use-mup", _given, f"muP multipliers: {_NO_LAYER}"),
     Refusal("is-hybrid-model", _given, "deprecated in core: hybrid-layer-pattern says it"),
     # What the elastic section sets.
-    *(
-        Refusal(flag, _given, _OWNED)
-        for flag in (
-            "train-iters train-samples global-batch-size micro-batch-size seq-length max-position-embeddings data-path "
-            "train-data-path valid-data-path test-data-path split eval-iters eval-interval save load save-interval finetune "
-            "pretrained-checkpoint lr-decay-iters lr-decay-samples skip-train spec"
-        ).split()
-    ),
+    *(Refusal(flag, _given, _OWNED) for flag in _OWNED_FLAGS),
 )
 """The one table: a flag that is not in it reaches Megatron unchanged."""
 
@@ -164,7 +180,7 @@ def shape_flags(shape: ModelShape, flags: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def to_argv(flags: Mapping[str, Any]) -> list[str]:
-    """A recipe's flags as Megatron's command line: true is the bare flag, false leaves it out, a list repeats values."""
+    """A recipe's flags as Megatron's command line: true is the bare flag, false leaves it out, a list its values."""
     argv: list[str] = []
     for flag, value in flags.items():
         if value is False or value is None:

@@ -69,7 +69,7 @@ def find_recipe() -> Path:
 
 
 def adapted(text: str, ranks: int) -> str:
-    """A recipe's text for a number of ranks: tensor parallelism 2 where they are even, else 1; all else as it stands."""
+    """A recipe's text for a number of ranks: tensor parallelism 2 where they are even, else 1; all else stays."""
     size = 2 if ranks % 2 == 0 else 1
     head, elastic, rest = text.partition("\nelastic:")
     before, mark, pretrain_section = head.partition("\npretrain:")
@@ -140,7 +140,9 @@ class Job:
         corpus, parent, jobs = Path("corpus"), Path("parent"), self.evaluations()
         evaluated = tuple(EVALUATIONS / f"{name}.json" for name in jobs)
         return [
-            Step("corpus: real text into tokens", (corpus / "corpus.json",), (corpus / "corpus.json").exists, self.corpus),
+            Step(
+                "corpus: real text into tokens", (corpus / "corpus.json",), (corpus / "corpus.json").exists, self.corpus
+            ),
             Step(
                 f"pretrain: a parent, {iterations} steps",
                 (parent / TRACKER,),
@@ -168,9 +170,7 @@ class Job:
                 _whole(self.scratch),
                 self.train_scratch,
             ),
-            Step(
-                f"evaluate: {len(jobs)} models", evaluated, lambda: all(p.exists() for p in evaluated), self.evaluate
-            ),
+            Step(f"evaluate: {len(jobs)} models", evaluated, lambda: all(p.exists() for p in evaluated), self.evaluate),
             Step("report: tables and plots", (), lambda: False, lambda: write_report(Path("."))),
         ]
 
@@ -218,7 +218,7 @@ class Job:
                 self._cut("parent", self.random(name, seed), name, seed)
 
     def train_scratch(self) -> None:
-        """The smallest budget's shape with cross entropy on the text that the family read; then without its optimizer."""
+        """The smallest budget's shape with cross entropy on the family's text; then without its optimizer."""
         name, stages = self.names[-1], self.recipe.stages
         for number in range(self.recipe.stage_of(position.tracked(self.scratch_run)), len(stages) + 1):
             words = ["_scratch", RECIPE, "--stage", number, "--budget", name, "--save", self.scratch_run]
@@ -268,9 +268,10 @@ def _refuse_stale(steps: list[Step], number: int, out: Path) -> None:
     later = [path for step in steps[number + 1 :] for path in step.outputs if path.exists()]
     if later:
         listed = ", ".join(str(out / path) for path in later)
+        name = steps[number].name.split(":")[0]
         raise ElasticError(
-            f"{steps[number].name.split(':')[0]} is not done in {out}, but results that follow from it exist: {listed}. "
-            "Remove them to make them anew, or choose another --out"
+            f"{name} is not done in {out}, but results that follow from it exist: {listed}. Remove them to make them anew, "
+            "or choose another --out"
         )
 
 
@@ -303,17 +304,15 @@ def _prepare(out: Path, recipe: Path, ranks: int) -> Recipe:
     kept = out / RECIPE
     if kept.exists() and adapted(kept.read_text("utf-8"), ranks) != wanted:
         raise ElasticError(
-            f"{kept} differs from {recipe}, and what is in {out} was made from it: choose another --out, or go on with it "
-            f"by --recipe {kept}"
+            f"{kept} differs from {recipe}, and what is in {out} was made from it: choose another --out, or go on with "
+            f"it by --recipe {kept}"
         )
     if not kept.exists() or kept.read_text("utf-8") != wanted:
         write_text(kept, wanted)
     return load_recipe(kept, world_size=ranks)
 
 
-def quickstart(
-    out: Path, *, ranks: int | None = None, recipe: Path | None = None, text: Path | None = None
-) -> None:
+def quickstart(out: Path, *, ranks: int | None = None, recipe: Path | None = None, text: Path | None = None) -> None:
     """Does what is not done yet in a folder.
 
     Args:
@@ -345,4 +344,7 @@ def quickstart(
             start = time.monotonic()
             step.run()
             print(f"{label.split(' ')[0]} done in {time.monotonic() - start:.0f} s", flush=True)
-    print(f"{out / 'report.md'} and {out / 'report.json'} are written; {time.monotonic() - begin:.0f} s in all", flush=True)
+    print(
+        f"{out / 'report.md'} and {out / 'report.json'} are written; {time.monotonic() - begin:.0f} s in all",
+        flush=True,
+    )

@@ -8,8 +8,9 @@ from megatron_elastic.cli.output import show
 
 HELP = "cut one budget out of a family into a standalone checkpoint"
 DESCRIPTION = """\
-Write the submodel of one budget as a checkpoint of its own, of the submodel's own sizes, which stock Megatron-Core loads.
-Nothing is trained: it computes what the budget computes inside the family. Tensor by tensor, without a GPU."""
+Write the submodel of one budget as a checkpoint of its own, of the submodel's own sizes, which
+stock Megatron-Core loads. Nothing is trained: it computes what the budget computes inside the
+family. Tensor by tensor, without a GPU."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

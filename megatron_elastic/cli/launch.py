@@ -48,8 +48,8 @@ def check_ranks(ranks: int) -> None:
     gpus = gpu_count()
     if gpus and ranks > gpus:
         raise ElasticError(
-            f"--ranks {ranks}: this machine has {gpus} GPU(s) and every rank takes one: give at most {gpus}, or hide the "
-            "GPUs with CUDA_VISIBLE_DEVICES= to run on the CPU"
+            f"--ranks {ranks}: this machine has {gpus} GPU(s) and every rank takes one: give at most {gpus}, or hide "
+            "the GPUs with CUDA_VISIBLE_DEVICES= to run on the CPU"
         )
 
 

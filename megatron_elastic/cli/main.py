@@ -15,12 +15,14 @@ WORKERS = ("_pretrain", "_scratch", "_stage", "_evaluate_all")
 """What the subcommands start in processes of their own; not shown."""
 
 DESCRIPTION = """\
-One hybrid parent model (Mamba-2, attention, MLP) becomes a family of nested submodels that share its weights: trained
-together in one run with Megatron-Core, and cut out without any further training."""
+One hybrid parent model (Mamba-2, attention, MLP) becomes a family of nested submodels that share
+its weights: trained together in one run with Megatron-Core, and cut out without any further
+training."""
 
 EPILOG = """\
 `megatron-elastic COMMAND --help` tells what a command reads and writes.
-Exit status: 0 done; 1 it could not be done, one message says why; 2 bad usage or a bad recipe, every fault is listed."""
+Exit status: 0 done; 1 it could not be done, one message says why; 2 bad usage or a bad recipe, with
+every fault listed; 130 interrupted."""
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -16,7 +16,9 @@ def at_least_one(text: str) -> int:
 
 def recipe(parser: argparse.ArgumentParser) -> None:
     """RECIPE."""
-    parser.add_argument("recipe", type=Path, metavar="RECIPE", help="YAML file; it is checked whole before anything runs")
+    parser.add_argument(
+        "recipe", type=Path, metavar="RECIPE", help="YAML file; it is checked whole before anything runs"
+    )
 
 
 def ranks(parser: argparse.ArgumentParser, default: str) -> None:

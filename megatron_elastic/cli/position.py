@@ -67,8 +67,8 @@ def check_data(recipe: Recipe) -> None:
         for suffix in ("idx", "bin"):
             if not Path(f"{prefix}.{suffix}").is_file():
                 raise CorpusError(
-                    f"{prefix}.{suffix} does not exist: make it with `megatron-elastic corpus`, or mend the recipe (paths "
-                    "are relative to the working directory)"
+                    f"{prefix}.{suffix} does not exist: make it with `megatron-elastic corpus`, or mend the recipe "
+                    "(paths are relative to the working directory)"
                 )
 
 

@@ -8,11 +8,12 @@ from megatron_elastic.errors import RecipeError
 
 HELP = "train a parent from scratch with cross entropy"
 DESCRIPTION = """\
-Train the parent that the section `megatron` describes, as the section `pretrain` says (save, iterations, sequence_length,
-global_batch_size, micro_batch_size, and flags on top under `megatron`), on elastic.train_data, with Megatron's pretrain().
-It goes on from the newest checkpoint; when all iterations are made it does nothing. A parent that exists already needs no
-`pretrain` section. Under torchrun it is one of the ranks; otherwise it starts them. Output: logs/pretrain.log beside the
-checkpoint folder."""
+Train the parent that the section `megatron` describes, as the section `pretrain` says (save,
+iterations, sequence_length, global_batch_size, micro_batch_size, and flags on top under
+`megatron`), on elastic.train_data, with Megatron's pretrain(). It goes on from the newest
+checkpoint; when all iterations are made it does nothing. A parent that exists already needs no
+`pretrain` section. Under torchrun it is one of the ranks; otherwise it starts them. Output:
+logs/pretrain.log beside the checkpoint folder."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

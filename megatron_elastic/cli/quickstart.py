@@ -7,9 +7,10 @@ from megatron_elastic.cli import options
 
 HELP = "do everything: corpus, parent, family, standalone models, report"
 DESCRIPTION = """\
-Make a corpus from the text that comes with this Python, train a small parent on it, rank and sort it, train a family of three
-budgets, cut the standalone models and the baselines out, evaluate them all, and write OUT/report.md and OUT/report.json.
-Started again, it goes on where it was interrupted and leaves alone what is done."""
+Make a corpus from the text that comes with this Python, train a small parent on it, rank and sort
+it, train a family of three budgets, cut the standalone models and the baselines out, evaluate them
+all, and write OUT/report.md and OUT/report.json. Started again, it goes on where it was interrupted
+and leaves alone what is done."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -7,8 +7,9 @@ from megatron_elastic.cli import options
 
 HELP = "measure the importance of channels, neurons and heads of a parent"
 DESCRIPTION = """\
-Run the parent over calibration text (elastic.calibration: samples, sequence_length, batch_size; from elastic.train_data) and
-write the importance of every hidden channel, FFN neuron, Mamba head and attention head to one file, in one process."""
+Run the parent over calibration text (elastic.calibration: samples, sequence_length, batch_size;
+from elastic.train_data) and write the importance of every hidden channel, FFN neuron, Mamba head
+and attention head to one file, in one process."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

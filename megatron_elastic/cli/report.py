@@ -7,8 +7,8 @@ from megatron_elastic.cli import options
 
 HELP = "write report.json, report.md and plots for a finished quickstart folder"
 DESCRIPTION = """\
-Read the evaluations and logs in DIR, a folder that `quickstart` made, and write DIR/report.json, DIR/report.md and its plots
-(DIR/report/*.png). Nothing is trained or evaluated."""
+Read the evaluations and logs in DIR, a folder that `quickstart` made, and write DIR/report.json,
+DIR/report.md and its plots (DIR/report/*.png). Nothing is trained or evaluated."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

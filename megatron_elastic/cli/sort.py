@@ -7,8 +7,9 @@ from megatron_elastic.cli import options
 
 HELP = "permute a parent so that every choice keeps a prefix of every block"
 DESCRIPTION = """\
-Write the parent again with channels, neurons and heads sorted by importance into block order. The sorted parent computes the
-same function: it is what `train` starts from and what every submodel is cut from. Tensor by tensor, without a GPU."""
+Write the parent again with channels, neurons and heads sorted by importance into block order. The
+sorted parent computes the same function: it is what `train` starts from and what every submodel is
+cut from. Tensor by tensor, without a GPU."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,19 +28,9 @@ def sort(recipe_path: Path, checkpoint: Path, scores: Path, out: Path) -> None:
         ElasticError: the recipe, the scores or the checkpoint cannot be used, or `out` is taken.
     """
     from megatron_elastic.config import load_recipe
-    from megatron_elastic.importance.scores import Scores
-    from megatron_elastic.sorting import orders_from_scores, sort_checkpoint
+    from megatron_elastic.sorting import sort_parent
 
-    recipe = load_recipe(recipe_path)
-    family = recipe.family
-    sort_checkpoint(
-        checkpoint,
-        out,
-        shape=family.shape,
-        ffn_blocks=family.ffn_blocks,
-        flags=recipe.megatron,
-        orders=orders_from_scores(family.layout, Scores.load(scores)),
-    )
+    sort_parent(load_recipe(recipe_path), checkpoint, scores, out)
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -9,10 +9,11 @@ from megatron_elastic.errors import ElasticError
 
 HELP = "train the family: every budget at once, by distillation from the frozen parent"
 DESCRIPTION = """\
-Train the family that the recipe describes, from the sorted parent (elastic.parent) into elastic.save, with Megatron's
-pretrain(): one run of its own for every stage. Stages that are done are left out, and an interrupted stage goes on from its
-newest checkpoint. Under torchrun it is one of the ranks and makes one stage, the current one: start it once a stage.
-Otherwise it starts the ranks. Output: logs/train-stage-N.log beside the family's folder; TensorBoard: SAVE/tensorboard."""
+Train the family that the recipe describes, from the sorted parent (elastic.parent) into
+elastic.save, with Megatron's pretrain(): one run of its own for every stage. Stages that are done
+are left out, and an interrupted stage goes on from its newest checkpoint. Under torchrun it is one
+of the ranks and makes one stage, the current one: start it once a stage. Otherwise it starts the
+ranks. Output: logs/train-stage-N.log beside the family's folder; TensorBoard: SAVE/tensorboard."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

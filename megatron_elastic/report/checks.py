@@ -23,7 +23,7 @@ class Check:
 
 
 def gap_closed(untrained: float, trained: float, parent: float) -> float:
-    """Share of the distance between an untrained cut and the parent that training made up for; 1 where there is none."""
+    """Share of the distance between an untrained cut and the parent that training made up for; 1 where none is."""
     gap = untrained - parent
     return 1.0 if gap <= 0 and trained <= untrained else (untrained - trained) / abs(gap) if gap else 0.0
 

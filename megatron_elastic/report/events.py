@@ -14,7 +14,10 @@ class Curve:
 
     def smoothed(self, window: int) -> "Curve":
         """The mean of the last `window` points at every point."""
-        means = [sum(part) / len(part) for part in (self.values[max(0, i - window + 1) : i + 1] for i in range(len(self.values)))]
+        means = [
+            sum(part) / len(part)
+            for part in (self.values[max(0, i - window + 1) : i + 1] for i in range(len(self.values)))
+        ]
         return Curve(self.steps, tuple(means))
 
 

@@ -96,7 +96,9 @@ def build_report(folder: Path) -> dict[str, Any]:
                 f"{budgets[-1]['parameters']}: it is not this family's; remove it and extract it again"
             )
     if missing:
-        raise ElasticError(f"the run in {folder} is not finished: {', '.join(missing)} missing; run the quickstart again")
+        raise ElasticError(
+            f"the run in {folder} is not finished: {', '.join(missing)} missing; run the quickstart again"
+        )
     return {
         "schema": SCHEMA,
         "parent": {"parameters": whole, "validation_loss": parent["loss"]},

@@ -63,16 +63,18 @@ def _checks(report: Mapping[str, Any]) -> str:
 
 PAGE = """# Family report
 
-A parent of {parameters:,} parameters became {count} budgets that share its weights, trained together by distillation from
-the frozen parent and cut out without any further training. Losses are mean nats per token over the same {tokens:,} validation
-tokens; their unigram entropy is {entropy:.4f}, the parent's loss {loss:.4f}.
+A parent of {parameters:,} parameters became {count} budgets that share its weights, trained together by
+distillation from the frozen parent and cut out without any further training. Losses are mean nats per token
+over the same {tokens:,} validation tokens; their unigram entropy is {entropy:.4f}, the parent's loss
+{loss:.4f}.
 
 ## Budgets
 
 {tables}
-*Untrained*: the same selection cut from the sorted parent before any elastic training. *Random cut*: mean of three cuts of the
-same shape from randomly ordered parents. *From scratch*: the same shape trained with cross entropy on the text that the family
-read. *Gap closed*: share of the distance between untrained cut and parent.
+*Untrained*: the same selection cut from the sorted parent before any elastic training. *Random cut*: mean of
+three cuts of the same shape from randomly ordered parents. *From scratch*: the same shape trained with cross
+entropy on the text that the family read. *Gap closed*: share of the distance between untrained cut and
+parent.
 
 ![Loss against parameters]({plots}/parameters.png)
 

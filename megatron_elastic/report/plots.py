@@ -110,7 +110,9 @@ def plot_router(
     Returns:
         Whether there was anything to draw.
     """
-    drawn = [name for name in budgets if any(router_curves(curves, name, axis, sizes) for axis, sizes in choices.items())]
+    drawn = [
+        name for name in budgets if any(router_curves(curves, name, axis, sizes) for axis, sizes in choices.items())
+    ]
     if not drawn:
         return False
     from matplotlib import colormaps
@@ -154,7 +156,9 @@ def plot_parameters(report: Mapping[str, Any], path: Path) -> None:
         points = [(budget["parameters"] / 1e6, budget[key]) for budget in rows_of if budget[key] is not None]
         if points:
             horizontal, vertical = zip(*points, strict=True)
-            axes.plot(horizontal, vertical, marker=marker, linestyle=line or "none", color=color, label=label, markersize=6)
+            axes.plot(
+                horizontal, vertical, marker=marker, linestyle=line or "none", color=color, label=label, markersize=6
+            )
     axes.plot(
         [parent["parameters"] / 1e6], [parent["validation_loss"]], "*", color="#c1121f", markersize=13, label="parent"
     )

@@ -24,10 +24,10 @@ FLAGS = {
 }  # fmt: skip
 
 
-def weights(layout: Layout = LAYOUT) -> dict[str, Tensor]:
+def weights() -> dict[str, Tensor]:
     """Every parameter filled with numbers that occur nowhere else (exact in fp32)."""
     found, start = {}, 1
-    for name, dimensions in layout.parameters().items():
+    for name, dimensions in LAYOUT.parameters().items():
         size = [dimension.size for dimension in dimensions]
         count = torch.Size(size).numel()
         found[name] = torch.arange(start, start + count, dtype=torch.float32).view(size)
@@ -36,13 +36,13 @@ def weights(layout: Layout = LAYOUT) -> dict[str, Tensor]:
     return found
 
 
-def write(folder: Path, tensors: dict[str, Tensor], *, layout: Layout = LAYOUT, metadata: Metadata | None = None) -> Path:
+def write(folder: Path, tensors: dict[str, Tensor], *, metadata: Metadata | None = None) -> Path:
     """A checkpoint as Megatron writes it, with the arguments of a run."""
-    args = Namespace(hidden_size=layout.shape.hidden, consumed_train_samples=640, iteration=20, num_layers=3, lr=0.1)
+    args = Namespace(hidden_size=SHAPE.hidden, consumed_train_samples=640, iteration=20, num_layers=3, lr=0.1)
     lazy = {
         name: LazyTensor(
             tuple(tensor.shape), tensor.dtype, lambda tensor=tensor: tensor,
-            stored_parts(name, layout.parameters()[name][0]) if name in layout.parameters() else (),
+            stored_parts(name, LAYOUT.parameters()[name][0]) if name in LAYOUT.parameters() else (),
         )
         for name, tensor in tensors.items()
     }  # fmt: skip

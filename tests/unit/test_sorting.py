@@ -86,10 +86,9 @@ def by_hand(name, old, orders):
     inner = [2 * head + d for head in m for d in range(2)]
     states = list(range(12))  # B and C: 2 groups of 3, both untouched
     context = [3 * head + d for head in a for d in range(3)]
-    # A KV group's 15 rows: 4 query heads of 3, then its key and its value.
-    qkv = [15 * (h // 4) + 3 * (h % 4) + d for h in a[:4] for d in range(3)] + list(range(12, 18 - 3))
-    qkv = [*qkv, *[15 + 3 * (h % 4) + d for h in a[4:] for d in range(3)], *range(27, 33)]
-    qkv[12:] = [12, 13, 14, 15, 16, 17, *[18 + 3 * (h % 4) + d for h in a[4:] for d in range(3)], *range(30, 36)]
+    # A KV group's 18 rows: 4 query heads of 3, then its key and its value.
+    query = [[18 * (h // 4) + 3 * (h % 4) + d for h in heads for d in range(3)] for heads in (a[:4], a[4:])]
+    qkv = [*query[0], *range(12, 18), *query[1], *range(30, 36)]
     rows = {
         "mixer.in_proj.weight": [*inner, *[16 + i for i in inner], *[32 + i for i in states], *[44 + i for i in m]],
         "mixer.conv1d_weight": [*inner, *[16 + i for i in states]],

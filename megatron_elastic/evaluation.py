@@ -1,0 +1,160 @@
+"""The loss of a model or of a budget inside its family, on the same tokens in the same order for every one of them."""
+
+from argparse import Namespace
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core.datasets.indexed_dataset import IndexedDataset
+from torch import Tensor
+
+from megatron_elastic.budget import Selection
+from megatron_elastic.checkpoint import find_checkpoint, read_common, read_metadata
+from megatron_elastic.cost_model import parameters
+from megatron_elastic.errors import CheckpointError, CorpusError
+from megatron_elastic.family import Family
+from megatron_elastic.metadata import Metadata
+from megatron_elastic.standalone import build_elastic_model, build_plain_model, load_weights, single_process
+
+DEFAULT_SEQUENCE_LENGTH = 256
+"""Tokens of context where the caller gives none; the same for every model, so that losses can be compared."""
+
+_MODEL_ARGUMENTS = (
+    "hidden_size ffn_hidden_size num_attention_heads num_query_groups group_query_attention kv_channels mamba_num_heads "
+    "mamba_head_dim mamba_num_groups mamba_state_dim hybrid_layer_pattern vocab_size make_vocab_size_divisible_by "
+    "tokenizer_type tokenizer_model normalization position_embedding_type rotary_percent rotary_base squared_relu "
+    "untie_embeddings_and_output_weights"
+).split()
+
+
+def windows(data: str | Path, sequence_length: int, tokens: int | None) -> Iterator[tuple[Tensor, Tensor]]:
+    """Consecutive windows over a data set's documents, joined in file order.
+
+    Args:
+        data: prefix of the `.bin` and `.idx` files.
+        sequence_length: predictions a window.
+        tokens: predictions in all; None for as many whole windows as there are.
+
+    Yields:
+        Inputs and labels, `[sequence_length]` int64; the last window may be shorter.
+
+    Raises:
+        CorpusError: no such data, or fewer tokens than asked for.
+    """
+    if not Path(f"{data}.idx").exists() or not Path(f"{data}.bin").exists():
+        raise CorpusError(f"{data}: no {data}.bin and {data}.idx: give the prefix of a data set (megatron-elastic corpus)")
+    dataset = IndexedDataset(str(data))
+    text = torch.cat([torch.from_numpy(dataset[number].astype("int64")) for number in range(len(dataset))])
+    wanted = (len(text) - 1) // sequence_length * sequence_length if tokens is None else tokens
+    if wanted < 1 or wanted > len(text) - 1:
+        raise CorpusError(f"{data}: {len(text) - 1} predictions there, {max(wanted, 1)} asked for: use --tokens or more text")
+    for start in range(0, wanted, sequence_length):
+        stop = min(start + sequence_length, wanted)
+        yield text[start:stop], text[start + 1 : stop + 1]
+
+
+def _stock_flags(path: Path) -> dict[str, Any]:
+    """Model flags of a checkpoint that Megatron itself wrote, from the arguments stored in it."""
+    stored = read_common(path).get("args")
+    if not isinstance(stored, Namespace | Mapping):
+        raise CheckpointError(f"{path}: no description and no Megatron arguments inside: it cannot be built from itself")
+    args = vars(stored) if isinstance(stored, Namespace) else dict(stored)
+    if not args.get("hybrid_layer_pattern"):
+        raise CheckpointError(f"{path}: not a hybrid model (its arguments have no hybrid_layer_pattern)")
+    flags = {name.replace("_", "-"): args.get(name) for name in _MODEL_ARGUMENTS}
+    flags["disable-bias-linear"] = not args.get("add_bias_linear", True)
+    # Already padded, for the layout it was trained on.
+    flags.update({"vocab-size": args["padded_vocab_size"], "make-vocab-size-divisible-by": 1})
+    return flags
+
+
+def _submodel(path: Path, metadata: Metadata | None, budget: str | None) -> tuple[Any, Selection | None, int]:
+    """Builds and loads what is to be judged: the model, its selection inside a family, and its parameters."""
+    if metadata is None or metadata.kind != "family":
+        if budget is not None:
+            raise CheckpointError(f"{path}: --budget {budget!r} is for a family; this is a model of its own")
+        model = build_plain_model(_stock_flags(path) if metadata is None else metadata.flags)
+        load_weights(model, path)
+        return model, None, sum(parameter.numel() for parameter in model.parameters())
+    name = budget or metadata.budgets[0].name
+    selection = metadata.selection_of(name)
+    family = Family(
+        shape=metadata.shape, ffn_blocks=metadata.ffn_blocks, choices=metadata.choices, budgets=metadata.budgets
+    )
+    elastic = build_elastic_model(metadata.flags, family)
+    load_weights(elastic, path)
+    return elastic, selection, parameters(metadata.shape, selection.as_dict())
+
+
+@torch.no_grad()
+def mean_loss(
+    model: Any, batches: Iterator[tuple[Tensor, Tensor]], selection: Selection | None = None, batch_size: int = 16
+) -> tuple[float, int]:
+    """Mean cross entropy in nats per token, and the tokens counted.
+
+    Args:
+        model: a stock hybrid model, or an elastic one with a selection.
+        batches: inputs and labels `[s]`.
+        selection: of the elastic model.
+        batch_size: windows run together.
+    """
+    model.eval()
+    device = next(model.parameters()).device
+    total, count = 0.0, 0
+    pending: list[tuple[Tensor, Tensor]] = []
+
+    def flush() -> float:
+        tokens, labels = (torch.stack(side).to(device) for side in zip(*pending, strict=True))
+        positions = torch.arange(tokens.shape[1], device=device).expand_as(tokens)
+        if selection is None:
+            return float(model(tokens, positions, None, labels=labels).double().sum())
+        mask = torch.ones(tokens.shape, device=device)
+        return float(model(tokens, positions, selection=selection, labels=labels, loss_mask=mask))
+
+    for tokens, labels in batches:
+        if pending and (len(pending) == batch_size or len(pending[0][0]) != len(tokens)):
+            total, pending = total + flush(), []
+        pending.append((tokens, labels))
+        count += len(tokens)
+    if pending:
+        total += flush()
+    return total / count, count
+
+
+def evaluate(
+    checkpoint: str | Path,
+    *,
+    data: str | Path,
+    budget: str | None = None,
+    tokens: int | None = None,
+    sequence_length: int | None = None,
+) -> dict[str, Any]:
+    """Judges a family's budget, an extracted model, a sorted parent or a stock Megatron hybrid checkpoint, in fp32.
+
+    Args:
+        checkpoint: folder.
+        data: prefix of the token data.
+        budget: name, for a family (its largest where None).
+        tokens: predictions to count (default: all whole windows).
+        sequence_length: context in tokens (default 256).
+
+    Returns:
+        `loss` (nats per token), `tokens`, `parameters`, `sequence_length`, and for a family `budget` and `selection`.
+
+    Raises:
+        CheckpointError: missing, foreign, or without that budget.
+        CorpusError: no such data.
+    """
+    path = find_checkpoint(checkpoint)
+    metadata = read_metadata(path)
+    length = sequence_length or DEFAULT_SEQUENCE_LENGTH
+    batches = windows(data, length, tokens)
+    with single_process():
+        model, selection, size = _submodel(path, metadata, budget)
+        loss, count = mean_loss(model, batches, selection)
+    result: dict[str, Any] = {"loss": loss, "tokens": count, "parameters": size, "sequence_length": length}
+    if selection is not None:
+        assert metadata is not None
+        result.update(budget=budget or metadata.budgets[0].name, selection=selection.as_dict())
+    return result

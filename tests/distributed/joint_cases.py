@@ -1,0 +1,180 @@
+"""Cases of `joint_body.py`: needs the CPU adaptation and a process group."""
+
+from argparse import Namespace
+from types import SimpleNamespace
+from typing import Any
+
+import elastic_kit as kit
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.training import global_vars
+from torch import Tensor
+
+from megatron_elastic.axes import AXES
+from megatron_elastic.forward_step import JointStep
+from megatron_elastic.metadata import Metadata
+from megatron_elastic.model import FamilyState
+from megatron_elastic.router import Router, RouterConfig, RouterTrainer
+
+WEIGHTS = (0.5, 0.3, 0.2)
+BASE_MICROBATCHES = 2
+ROUTER = RouterConfig(iterations=20, width=16, std=0.5, clip=1e9, warmup=1, penalty=0.7, seed=3)
+STEP = 4
+
+
+class SilentLog:
+    """A `StepLog` that says nothing."""
+
+    def step(self, *_: Any) -> None:
+        """Nothing."""
+
+    def decided(self, *_: Any) -> None:
+        """Nothing."""
+
+
+def new_router() -> Router:
+    """The same initial router everywhere."""
+    return Router(ROUTER, shape=kit.SHAPE, choices=kit.FAMILY.choices, budgets=kit.FAMILY.budgets)
+
+
+def reference(mode: str) -> dict[str, Any]:
+    """A plain loop over base microbatches and budgets on one process: no schedule, no DDP, router inside the graph."""
+    kit.layout_of_ranks()
+    model = kit.elastic_model()
+    router = new_router()
+    tokens = sum(kit.batch(i)["loss_mask"].sum() for i in range(BASE_MICROBATCHES))
+    total: Any = 0.0
+    losses = torch.zeros(len(WEIGHTS), dtype=torch.float64)
+    soft = [
+        {axis: router.probabilities(budget, axis, STEP) for axis in AXES} for budget in range(len(WEIGHTS))
+    ]
+    for index in range(BASE_MICROBATCHES):
+        batch = kit.batch(index)
+        where = batch["tokens"], batch["position_ids"]
+        with torch.no_grad():
+            target = model.teacher_target(model(*where, run_teacher=True))
+        for budget, weight in enumerate(WEIGHTS):
+            how = {"selection": kit.SELECTIONS[budget]} if mode == "sliced" else {"probabilities": soft[budget]}
+            summed = model(*where, **how, teacher=target, loss_mask=batch["loss_mask"])
+            losses[budget] += summed.detach()
+            total = total + weight * summed / tokens
+    if mode == "soft":
+        for budget, weight in enumerate(WEIGHTS):
+            total = total + weight * ROUTER.penalty * router.penalty(budget, soft[budget])
+    total.backward()
+    # Core multiplies by 1 / tokens as it comes out in fp32: the one rounding that is not the maths' own.
+    counted = (tokens * len(WEIGHTS)).to(torch.int)
+    rounding = float(counted) * float(torch.reciprocal(counted))
+    return {
+        "grads": {name: parameter.grad * rounding for name, parameter in model.named_parameters()},
+        "router": {name: p.grad for name, p in router.named_parameters() if p.grad is not None},
+        "losses": losses / tokens,
+    }
+
+
+def roles(size: int) -> list[dict[str, Tensor]]:
+    """What the loader hands out: each base microbatch once a role."""
+    return [
+        {**kit.batch(index), "role": torch.full((size,), role)}
+        for index in range(BASE_MICROBATCHES)
+        for role in range(len(WEIGHTS) + 1)
+    ]
+
+
+def gathered(model: Any) -> dict[str, Tensor]:
+    """Every weight's `main_grad`, whole, on every rank."""
+    tp_group = parallel_state.get_tensor_model_parallel_group()
+    dimensions = kit.FAMILY.layout.parameters()
+    found = {}
+    for name, parameter in model.named_parameters():
+        whole = kit.global_name(model, name)
+        shards = [torch.empty_like(parameter.main_grad) for _ in range(tp_group.size())]
+        dist.all_gather(shards, parameter.main_grad.contiguous(), group=tp_group)
+        found[whole] = kit.unshard(shards, dimensions[whole])
+    stages: list[Any] = [None] * parallel_state.get_pipeline_model_parallel_world_size()
+    dist.all_gather_object(stages, found, group=parallel_state.get_pipeline_model_parallel_group())
+    return {name: tensor for stage in stages for name, tensor in stage.items()}
+
+
+def joint(mode: str, tp: int, pp: int, **config: Any) -> dict[str, Any]:
+    """One step of `JointStep` through core's schedule and DDP."""
+    kit.layout_of_ranks(tp, pp)
+    model = kit.elastic_model(**config)
+    trainer = RouterTrainer(new_router(), WEIGHTS) if mode == "soft" else None
+    state = FamilyState(
+        Metadata(
+            kind="family", shape=kit.SHAPE, ffn_blocks=8, flags={}, choices=dict(kit.FAMILY.choices),
+            budgets=kit.FAMILY.budgets, selections=kit.SELECTIONS if mode == "sliced" else (),
+        ),
+        trainer,
+    )  # fmt: skip
+    model.states = (state,)
+    recipe = SimpleNamespace(family=kit.FAMILY, temperature=1.0)
+    step = JointStep(recipe, state, WEIGHTS, SilentLog())  # type: ignore[arg-type]
+    model.config.finalize_model_grads_func = step.finalize
+    wrapped = DistributedDataParallel(
+        model.config, DistributedDataParallelConfig(grad_reduce_in_fp32=False, overlap_grad_reduce=False), model
+    )
+    wrapped.zero_grad_buffer()
+    global_vars._GLOBAL_ARGS = Namespace(curr_iteration=STEP)
+    batches = roles(2)
+    reduced = get_forward_backward_func()(
+        forward_step_func=step,
+        data_iterator=iter(batches),
+        model=wrapped,
+        num_microbatches=len(batches),
+        seq_length=24,
+        micro_batch_size=2,
+        forward_only=False,
+    )
+    found: dict[str, Any] = {"grads": gathered(model)}
+    if trainer is not None:
+        step._after_step(torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1))
+        found["router"] = {n: p.grad for n, p in trainer.router.named_parameters() if p.grad is not None}
+    keys = [sorted(entry) for entry in reduced]
+    if keys:  # the last stage
+        assert all(entry == keys[0] for entry in keys), "every microbatch returns the same keys"
+        sums = {key: torch.stack([entry[key] for entry in reduced]).double().sum(0) for key in keys[0]}
+        found["losses"] = torch.stack([sums[name][0] / sums[name][1] for name in step.names])
+    return found
+
+
+def compare(got: dict[str, Any], want: dict[str, Any]) -> dict[str, float]:
+    """Worst relative error of each quantity that this rank has."""
+    errors = {"grads": kit.worst(got["grads"], want["grads"])}
+    if "router" in got:
+        errors["router"] = kit.worst(got["router"], want["router"])
+    if "losses" in got:
+        errors["losses"] = float(((got["losses"] - want["losses"]).abs() / want["losses"].abs()).max())
+    return errors
+
+
+def run_all() -> dict[str, dict[str, float]]:
+    """layout/mode -> quantity -> worst error over the ranks."""
+    results: dict[str, dict[str, float]] = {}
+    for mode in ("soft", "sliced"):
+        want = reference(mode)
+        cases: list[tuple[str, int, int, dict[str, Any]]] = [
+            ("tp2", 2, 1, {}),
+            ("tp2_sp", 2, 1, {"sequence_parallel": True}),
+            ("pp2", 1, 2, {}),
+            ("pp2_recompute", 1, 2, {
+                "recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1
+            }),
+        ]  # fmt: skip
+        for name, tp, pp, config in cases:
+            results[f"{name}/{mode}"] = compare(joint(mode, tp, pp, **config), want)
+        # The negative of all of them: the other mode's gradients, from other selections, are not these.
+        other = reference("sliced" if mode == "soft" else "soft")
+        results[f"other/{mode}"] = {"grads": kit.worst(other["grads"], want["grads"])}
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, results)
+    merged: dict[str, dict[str, float]] = {}
+    for one in everyone:
+        for case, errors in one.items():
+            for key, value in errors.items():
+                merged.setdefault(case, {})[key] = max(value, merged.get(case, {}).get(key, 0.0))
+    return merged

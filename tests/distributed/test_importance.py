@@ -1,0 +1,252 @@
+"""Importance on a built model, against the formulas written out, and on models of which a part is useless."""
+
+import numpy
+import pytest
+import torch
+from torch import Tensor
+
+from megatron_elastic.budget import Budget
+from megatron_elastic.errors import CorpusError, ElasticError, RecipeError
+from megatron_elastic.family import Family
+from megatron_elastic.importance import Scores, rank_parent
+from tests.distributed import standalone_parent as parent
+
+pytestmark = [
+    pytest.mark.distributed,
+    pytest.mark.skipif(torch.cuda.is_available(), reason="fp64 proofs on the CPU adaptation, which refuses CUDA"),
+]
+SHAPE = parent.SHAPE
+
+
+@pytest.fixture(scope="module")
+def process():
+    from megatron_elastic import standalone
+
+    with standalone.single_process():
+        yield standalone
+
+
+def build(process, tensors: dict[str, Tensor] | None = None):
+    model = process.build_plain_model(parent.FLAGS, torch.float64)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_((tensors or parent.weights())[name])
+    return model
+
+
+def collect(model, *batches: Tensor, **other) -> Scores:
+    from megatron_elastic.importance.collect import collect_scores
+
+    return collect_scores(model, batches, **other)
+
+
+def aggregate(magnitudes: Tensor) -> Tensor:
+    """Mean over the sequence, L2 over the samples: `[s, b, n] -> [n]`."""
+    return sum(magnitudes[:, b].mean(0) ** 2 for b in range(magnitudes.shape[1])) ** 0.5
+
+
+def attention_context(qkv: Tensor) -> Tensor:
+    """Causal grouped-query attention from the packed projection, one head at a time: `[s, b, heads, d]`."""
+    s, b, _ = qkv.shape
+    width, per_group = SHAPE.head_dim, SHAPE.attention_heads // SHAPE.query_groups
+    heads = []
+    for group in qkv.view(s, b, SHAPE.query_groups, -1).unbind(2):
+        *queries, key, value = group.split(width, dim=-1)
+        assert len(queries) == per_group
+        for query in queries:
+            similarity = torch.einsum("sbd,tbd->bst", query, key) / width**0.5
+            similarity = similarity.masked_fill(torch.ones(s, s).triu(1).bool(), float("-inf"))
+            heads.append(torch.einsum("bst,tbd->sbd", similarity.softmax(-1), value))
+    return torch.stack(heads, dim=2)
+
+
+def by_hand(model, text: Tensor, weights: dict[str, Tensor]) -> Scores:
+    def norm(x: Tensor, weight: Tensor) -> Tensor:
+        return x / (x.pow(2).mean(-1, keepdim=True) + 1e-5).sqrt() * weight
+
+    x = weights["embedding.word_embeddings.weight"][text].transpose(0, 1)
+    hidden, layers, inner = 0, {}, SHAPE.mamba_heads * SHAPE.mamba_head_dim
+    norms = {"M": "norm", "-": "pre_mlp_layernorm", "*": "input_layernorm"}
+    for number, kind in enumerate(SHAPE.pattern):
+        own = {n.split(".", 3)[3]: t for n, t in weights.items() if n.startswith(f"decoder.layers.{number}.")}
+        normed = norm(x, own[f"{norms[kind]}.weight"])
+        hidden = hidden + aggregate(normed.abs())
+        if kind == "M":
+            values = normed @ own["mixer.in_proj.weight"][inner : 2 * inner].T
+            channels = aggregate(values.abs()).view(SHAPE.mamba_heads, SHAPE.mamba_head_dim)
+            layers[number] = {"mamba_heads": channels.pow(2).sum(1).sqrt()}
+            out = model.decoder.layers[number].mixer(normed)[0]
+        elif kind == "-":
+            neurons = normed @ own["mlp.linear_fc1.weight"].T
+            layers[number] = {"ffn": aggregate(neurons.abs())}
+            out = neurons.relu().square() @ own["mlp.linear_fc2.weight"].T
+        else:
+            context = attention_context(normed @ own["self_attention.linear_qkv.weight"].T)
+            layers[number] = {"attention_heads": aggregate(context.pow(2).sum(-1).sqrt())}
+            out = context.flatten(2) @ own["self_attention.linear_proj.weight"].T
+        x = x + out
+    return Scores(hidden, layers)
+
+
+def flat(scores: Scores) -> dict[tuple[int, str], Tensor]:
+    found = {(number, axis): t for number, axes in scores.layers.items() for axis, t in axes.items()}
+    return {(-1, "hidden"): scores.hidden, **found}
+
+
+def test_scores_are_the_formulas(process):
+    model, text = build(process), parent.tokens(samples=3)
+    found = flat(collect(model, text[:2], text[2:]))
+    with torch.no_grad():
+        expected = flat(by_hand(model, text, parent.weights()))
+        other = flat(by_hand(model, parent.tokens(seed=4, samples=3), parent.weights()))
+    assert set(found) == set(expected)
+    for place, scores in expected.items():
+        # fp64; attention and sums in another order.
+        torch.testing.assert_close(found[place], scores, rtol=1e-11, atol=0, msg=lambda m, p=place: f"{p}: {m}")
+        assert not torch.allclose(found[place], other[place], rtol=1e-3), place
+    assert collect(model, text).faults(SHAPE) == []
+
+
+def test_the_elastic_model_has_the_same_scores(process):
+    family = Family(
+        shape=SHAPE,
+        ffn_blocks=parent.BLOCKS,
+        choices={axis: (size,) for axis, size in SHAPE.full.items()},
+        budgets=(Budget("p100", 1.0),),
+    )
+    elastic = process.build_elastic_model(parent.FLAGS, family, torch.float64)
+    with torch.no_grad():
+        for name, parameter in elastic.named_parameters():
+            parameter.copy_(parent.weights()[name])
+    text = parent.tokens()
+    plain, found = flat(collect(build(process), text)), flat(collect(elastic, text))
+    for place, scores in plain.items():
+        torch.testing.assert_close(found[place], scores, rtol=1e-11, atol=0)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_useless_entries_get_the_lowest_scores(process, seed):
+    generator = torch.Generator().manual_seed(seed)
+
+    def half(size: int, groups: int = 1) -> Tensor:
+        width = size // groups
+        return torch.cat([torch.randperm(width, generator=generator)[: width // 2] + g * width for g in range(groups)])
+
+    tensors, useless = parent.weights(), {}
+    useless[-1, "hidden"] = half(SHAPE.hidden)
+    for number, kind in enumerate(SHAPE.pattern):
+        name = f"decoder.layers.{number}."
+        if kind == "-":
+            useless[number, "ffn"] = half(SHAPE.ffn)
+            tensors[name + "mlp.linear_fc1.weight"][useless[number, "ffn"]] = 0
+        elif kind == "M":
+            heads = useless[number, "mamba_heads"] = half(SHAPE.mamba_heads, SHAPE.mamba_groups)
+            inner = SHAPE.mamba_heads * SHAPE.mamba_head_dim
+            x = tensors[name + "mixer.in_proj.weight"][inner : 2 * inner]
+            x.view(SHAPE.mamba_heads, SHAPE.mamba_head_dim, -1)[heads] = 0
+        norm = {"M": "norm", "-": "pre_mlp_layernorm", "*": "input_layernorm"}[kind]
+        tensors[name + f"{norm}.weight"][useless[-1, "hidden"]] = 0
+    found = flat(collect(build(process, tensors), parent.tokens()))
+    for place, entries in useless.items():
+        assert set(found[place].argsort()[: len(entries)].tolist()) == set(entries.tolist()), place
+        assert found[place][entries].max() == 0, place
+        others = torch.ones(len(found[place])).bool()
+        others[entries] = False
+        assert found[place][others].min() > 0, place
+
+
+def test_useless_key_value_group_makes_its_heads_useless(process):
+    tensors = parent.weights()
+    qkv = tensors["decoder.layers.2.self_attention.linear_qkv.weight"]
+    # The last rows of the second group are its values.
+    qkv[-SHAPE.head_dim :] = 0
+    found = flat(collect(build(process, tensors), parent.tokens()))[2, "attention_heads"]
+    assert (found[4:] == 0).all()
+    assert (found[:4] > 0).all()
+
+
+def test_the_model_is_left_as_it_was(process):
+    model = build(process)
+    model.train()
+    before = parent.logits(model, parent.tokens())
+    model.train()
+    collect(model, parent.tokens())
+    assert model.training
+    assert model.post_process
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert torch.equal(parent.logits(model, parent.tokens()), before)
+
+
+def test_no_sample_and_several_processes_are_refused(process, monkeypatch):
+    model = build(process)
+    with pytest.raises(ElasticError, match=r"calibration\.samples"):
+        collect(model)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda *_: 2)
+    with pytest.raises(ElasticError, match="on 2 processes"):
+        collect(model, parent.tokens())
+
+
+def test_single_process_refuses_launchers_and_nesting(process, monkeypatch):
+    with pytest.raises(ElasticError, match="initialised already"), process.single_process():
+        pass
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ElasticError, match="a launcher started 2"), process.single_process():
+        pass
+
+
+def test_flags_that_megatron_does_not_know_are_refused(process):
+    with pytest.raises(RecipeError, match="Megatron refuses"):
+        process.build_plain_model({**parent.FLAGS, "no-such-flag": 1})
+
+
+def write_data(prefix, length: int, vocab: int = 60) -> None:
+    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
+    text = numpy.random.default_rng(0).integers(vocab, size=length).astype(numpy.uint16)
+    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=numpy.uint16)
+    builder.add_document(text, [length])
+    builder.finalize(f"{prefix}.idx")
+
+
+def recipe(prefix):
+    from megatron_elastic.config import parse_recipe
+
+    flags = {name: value for name, value in parent.FLAGS.items() if name != "pipeline-model-parallel-size"}
+    stage = {"iterations": 1, "sequence_length": 8, "global_batch_size": 1, "micro_batch_size": 1, "weights": [1.0]}
+    elastic = {
+        "parent": "sorted", "save": "family", "train_data": str(prefix), "validation_data": str(prefix),
+        "ffn_blocks": parent.BLOCKS, "axes": {}, "budgets": [{"name": "p100", "fraction": 1.0}],
+        "selections": {"p100": {}}, "stages": [stage],
+        "calibration": {"samples": 5, "sequence_length": 16, "batch_size": 2},
+    }  # fmt: skip
+    return parse_recipe({"megatron": flags, "elastic": elastic}, world_size=2)
+
+
+def test_rank_parent_writes_one_file(process, tmp_path, monkeypatch):
+    from megatron_elastic.importance.calibration import CalibrationText
+
+    write_data(tmp_path / "text", 1000)
+    fp32 = {name: tensor.float() for name, tensor in parent.weights().items()}
+    parent.write(tmp_path / "parent", fp32)
+    # The groups of this module stand; making them has its own test.
+    monkeypatch.setattr(process, "single_process", __import__("contextlib").nullcontext)
+    made = rank_parent(recipe(tmp_path / "text"), tmp_path / "parent", tmp_path / "scores.pt")
+    read = Scores.load(tmp_path / "scores.pt")
+    text = CalibrationText(tmp_path / "text", samples=5, sequence_length=16, vocab=60)
+    expected = flat(collect(build(process, fp32), *text.batches(5)))
+    for place, scores in expected.items():
+        assert torch.equal(flat(made)[place], flat(read)[place])
+        # fp32 activations against fp64 ones.
+        torch.testing.assert_close(flat(read)[place], scores, rtol=1e-4, atol=1e-6)
+    assert read.calibration == {
+        "samples": 5, "sequence_length": 16, "data": str(tmp_path / "text"), "checkpoint": str(tmp_path / "parent"),
+        "seed": None,
+    }  # fmt: skip
+
+
+def test_rank_parent_checks_before_it_computes(tmp_path):
+    parent.write(tmp_path / "parent", parent.weights())
+    with pytest.raises(CorpusError, match=r"no \.bin"):
+        rank_parent(recipe(tmp_path / "nothing"), tmp_path / "parent", tmp_path / "scores.pt")
+    assert not (tmp_path / "scores.pt").exists()

@@ -1,0 +1,34 @@
+"""The joint step equals a plain loop, on TP=2 (with and without SP) and PP=2 (with and without recompute)."""
+
+import json
+from pathlib import Path
+
+import pytest
+from tests.distributed.launch import run_ranks
+
+LAYOUTS = ("tp2", "tp2_sp", "pp2", "pp2_recompute")
+# fp64 weights in two orders of summation: a few hundred roundings of 1e-16. The router and the metrics are fp32.
+TOLERANCES = {"grads": 1e-11, "router": 2e-6, "losses": 1e-7}
+
+
+@pytest.fixture(scope="module")
+def errors(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, float]]:
+    """Worst relative error of each case, from one launch."""
+    out = tmp_path_factory.mktemp("joint") / "errors.json"
+    run_ranks("joint_body.py", 2, "--out", out)
+    found: dict[str, dict[str, float]] = json.loads(Path(out).read_text())
+    return found
+
+
+@pytest.mark.parametrize("mode", ["soft", "sliced"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_equals_the_plain_loop(errors: dict[str, dict[str, float]], layout: str, mode: str) -> None:
+    found = errors[f"{layout}/{mode}"]
+    assert set(found) == ({"grads", "losses", "router"} if mode == "soft" else {"grads", "losses"})
+    for quantity, error in found.items():
+        assert error < TOLERANCES[quantity], (quantity, error)
+
+
+@pytest.mark.parametrize("mode", ["soft", "sliced"])
+def test_other_selections_give_other_gradients(errors: dict[str, dict[str, float]], mode: str) -> None:
+    assert errors[f"other/{mode}"]["grads"] > 1e-2
