@@ -10,7 +10,7 @@ import yaml
 
 from megatron_elastic.axes import AXES
 from megatron_elastic.budget import Budget, Selection
-from megatron_elastic.cost_model import nearest, parameters
+from megatron_elastic.cost_model import nearest
 from megatron_elastic.curriculum import Calibration, Evaluation, PretrainRun, Stage, section
 from megatron_elastic.errors import RecipeError
 from megatron_elastic.family import Family
@@ -26,7 +26,6 @@ __all__ = [
     "Stage",
     "load_recipe",
     "parse_recipe",
-    "reached_fraction",
 ]
 
 
@@ -369,8 +368,3 @@ def load_recipe(path: str | Path, *, world_size: int | None = None) -> Recipe:
     except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
         raise RecipeError([f"cannot be read: {error}"], str(path)) from error
     return parse_recipe(raw, world_size=world_size, source=str(path))
-
-
-def reached_fraction(family: Family, selection: Selection) -> float:
-    """Parameters of a selection as a share of the parent's."""
-    return parameters(family.shape, selection.as_dict()) / parameters(family.shape, family.shape.full)

@@ -270,8 +270,8 @@ def _refuse_stale(steps: list[Step], number: int, out: Path) -> None:
         listed = ", ".join(str(out / path) for path in later)
         name = steps[number].name.split(":")[0]
         raise ElasticError(
-            f"{name} is not done in {out}, but results that follow from it exist: {listed}. Remove them to make them anew, "
-            "or choose another --out"
+            f"{name} is not done in {out}, but results that follow from it exist: {listed}. Remove them to make them "
+            "anew, or choose another --out"
         )
 
 

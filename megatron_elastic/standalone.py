@@ -1,6 +1,7 @@
 """One process, one whole model: what ranking and evaluation need of Megatron, without its training loop."""
 
 import contextlib
+import io
 import os
 import sys
 from collections.abc import Iterator, Mapping
@@ -115,13 +116,14 @@ def _arguments(flags: Mapping[str, Any], dtype: torch.dtype) -> Any:
     before = sys.argv
     sys.argv = [before[0], *to_argv(made)]
     try:
-        # Megatron prints every argument, and standard output is for results.
-        with contextlib.redirect_stdout(sys.stderr):
+        # Megatron prints every argument; standard output is for results. What it refuses, it says on standard error.
+        with contextlib.redirect_stdout(io.StringIO()):
             args = parse_args()
             args.world_size, args.rank = 1, 0
             validate_args(args)
     except (SystemExit, AssertionError, ValueError) as error:
-        raise RecipeError([f"megatron: Megatron refuses these flags: {error}"]) from error
+        said = "see its message above" if isinstance(error, SystemExit) else str(error) or "an assertion failed"
+        raise RecipeError([f"megatron: Megatron refuses these flags: {said}"]) from error
     finally:
         sys.argv = before
     args.params_dtype = dtype

@@ -8,22 +8,22 @@ from megatron_elastic.cli.output import show, stdout_to_stderr
 
 HELP = "measure the loss of a budget inside the family, or of an extracted model"
 DESCRIPTION = """\
-Print the mean cross entropy in nats per token over token data, deterministically: loss, tokens,
-parameters. With --budget the checkpoint is a family and the budget is run inside it; without, it is
-a model of its own (extracted, sorted, a parent)."""
+Print the mean cross entropy in nats per token over token data, in fp32, deterministically: loss,
+tokens, parameters. A family's budget is run inside the family; any other checkpoint (an extracted
+model, a sorted parent, one that stock Megatron wrote) is a model of its own."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the subcommand's arguments on its own parser."""
     options.describe(parser, DESCRIPTION)
     parser.add_argument("--checkpoint", type=Path, required=True, metavar="DIR", help="family or model (torch_dist)")
-    parser.add_argument("--budget", metavar="NAME", help="budget of the family")
+    parser.add_argument("--budget", metavar="NAME", help="budget of the family (default: the largest)")
     parser.add_argument("--data", required=True, metavar="PREFIX", help="token data: PREFIX.bin and PREFIX.idx")
     parser.add_argument(
         "--tokens", type=options.at_least_one, metavar="N", help="tokens, from the start (default: all)"
     )
     parser.add_argument(
-        "--sequence-length", type=options.at_least_one, metavar="N", help="tokens a sequence (default: the model's own)"
+        "--sequence-length", type=options.at_least_one, metavar="N", help="tokens a sequence (default: 256)"
     )
     options.as_json(parser)
 

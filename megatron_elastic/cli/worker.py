@@ -128,15 +128,12 @@ def evaluate_all(arguments: argparse.Namespace) -> int:
 
     The plan: `{"data", "tokens", "sequence_length", "out", "jobs": {name: {"checkpoint", "budget"}}}`.
     """
-    from megatron_elastic.cli.position import prepare
-
     plan = json.loads(arguments.plan.read_text("utf-8"))
     out = Path(plan["out"])
     mine = list(plan["jobs"].items())[arguments.part :: arguments.parts]
     mine = [(name, job) for name, job in mine if not (out / f"{name}.json").exists()]
     if not mine:
         return 0
-    prepare()
     from megatron_elastic.evaluation import evaluate
     from megatron_elastic.report import write_json
 

@@ -73,7 +73,7 @@ def plot_losses(
         return False
     figure, grid = _figure(size=(8.0, 4.4))
     axes = grid[0][0]
-    lowest = []
+    lowest: list[float] = []
     for number, name in enumerate(budgets):
         color = COLORS[number % len(COLORS)]
         if f"kd {name}" in curves:

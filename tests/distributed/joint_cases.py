@@ -1,4 +1,4 @@
-"""Cases of `joint_body.py`: needs the CPU adaptation and a process group."""
+"""Cases of `cases_body.py`: needs the CPU adaptation and a process group."""
 
 from argparse import Namespace
 from types import SimpleNamespace

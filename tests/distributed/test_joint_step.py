@@ -15,7 +15,7 @@ TOLERANCES = {"grads": 1e-11, "router": 2e-6, "losses": 1e-7}
 def errors(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, float]]:
     """Worst relative error of each case, from one launch."""
     out = tmp_path_factory.mktemp("joint") / "errors.json"
-    run_ranks("joint_body.py", 2, "--out", out)
+    run_ranks("cases_body.py", 2, "--cases", "joint_cases", "--out", out)
     found: dict[str, dict[str, float]] = json.loads(Path(out).read_text())
     return found
 

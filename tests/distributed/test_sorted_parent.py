@@ -123,13 +123,13 @@ def test_a_checkpoint_of_another_shape_is_refused(process, source, tmp_path):
         load(process, tmp_path / "cut")
 
 
-def test_megatron_loads_what_was_cut(process, source, tmp_path):
+def test_megatron_loads_what_was_written(process, source, tmp_path):
     from megatron.core import dist_checkpointing
 
     path = sort(source, tmp_path / "sorted", random_orders(LAYOUT, 0))
     ours, theirs = load(process, tmp_path / "sorted"), process.build_plain_model(parent.FLAGS, torch.float64)
-    loaded = dist_checkpointing.load(theirs.sharded_state_dict(), str(path))
-    # What Megatron keeps beside the tensors comes at the top level too.
-    theirs.load_state_dict({name: value for name, value in loaded.items() if name in theirs.state_dict()})
+    # Under a key of its own: what Megatron keeps beside the tensors comes at the top level.
+    loaded = dist_checkpointing.load({"model": theirs.sharded_state_dict()}, str(path))
+    theirs.load_state_dict(loaded["model"])
     text = parent.tokens()
     assert torch.equal(parent.logits(theirs, text), parent.logits(ours, text))

@@ -86,7 +86,9 @@ def test_report_says_what_was_measured(run: Path) -> None:
     assert set(found["parent"]) == {"parameters", "validation_loss"}
     assert found["validation_tokens"] == 65_536
     assert [budget["name"] for budget in found["budgets"]] == ["p100", "p75", "p50"]
-    keys = "name fraction parameters selection validation_loss_family validation_loss_extracted validation_loss_untrained"
+    keys = (
+        "name fraction parameters selection validation_loss_family validation_loss_extracted validation_loss_untrained"
+    )
     keys += " validation_loss_random_cut validation_loss_from_scratch checkpoint"
     assert all(list(budget) == keys.split() for budget in found["budgets"])
     full, middle, small = found["budgets"]

@@ -1,10 +1,11 @@
-"""The joint step on core's schedules against a plain loop: gradients of every weight and of the router, losses, keys.
+"""Runs the cases of one module (`run_all`) under torchrun and writes their errors as JSON.
 
-torchrun --nproc-per-node 2: the reference runs on each rank by itself, then TP=2 and PP=2 run it together.
+A launch costs seconds, so one carries all cases of a module: references run on each rank by itself, layouts together.
 """
 
 import argparse
 import contextlib
+import importlib
 import json
 import sys
 from pathlib import Path
@@ -13,8 +14,9 @@ from pathlib import Path
 def main() -> None:
     """Runs every comparison and writes the errors as JSON on rank 0."""
     parser = argparse.ArgumentParser()
+    parser.add_argument("--cases", required=True, help="module beside this file")
     parser.add_argument("--out", required=True)
-    out = parser.parse_args().out
+    arguments = parser.parse_args()
     from megatron_elastic.cpu import adaptation
 
     adaptation.install()
@@ -24,11 +26,9 @@ def main() -> None:
 
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
-    from joint_cases import run_all
-
-    results = run_all()
+    results = importlib.import_module(arguments.cases).run_all()
     if dist.get_rank() == 0:
-        Path(out).write_text(json.dumps(results))
+        Path(arguments.out).write_text(json.dumps(results))
     dist.barrier()
     dist.destroy_process_group()
 

@@ -1,0 +1,225 @@
+"""masked == sliced == extracted, forward and gradients, in fp64, and the faults that must break it."""
+
+import random
+from collections.abc import Callable
+from typing import Any
+
+import elastic_kit as kit
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
+from torch import Tensor
+
+from megatron_elastic.axes import AXES
+from megatron_elastic.budget import Selection
+from megatron_elastic.cost_model import parameters, selections
+from megatron_elastic.layers import norm as norm_layers
+from megatron_elastic.layout import Layout
+from megatron_elastic.masks import one_hot
+
+LAYOUT = kit.FAMILY.layout
+CHOICES = kit.FAMILY.choices
+Outcome = dict[str, Any]
+
+
+def chosen_selections() -> dict[str, Selection]:
+    """Every axis alone at its smallest, all at their smallest, and seeded random combinations."""
+    found = {}
+    full = kit.FAMILY.full.as_dict()
+    for axis in AXES:
+        found[axis] = Selection.from_dict({**full, axis: CHOICES[axis][-1]})
+    found["smallest"] = Selection.from_dict({axis: CHOICES[axis][-1] for axis in AXES})
+    every = list(selections(CHOICES))
+    for number, selection in enumerate(random.Random(17).sample(every, 5)):
+        found[f"random{number}"] = selection
+    return found
+
+
+def whole_gradients(model: Any, layout: Layout) -> dict[str, Tensor]:
+    """`.grad` of every parameter, whole (tensor-parallel shards joined)."""
+    group = parallel_state.get_tensor_model_parallel_group()
+    dimensions, found = layout.parameters(), {}
+    for name, parameter in model.named_parameters():
+        grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        shards = [torch.empty_like(grad) for _ in range(group.size())]
+        dist.all_gather(shards, grad.contiguous(), group=group)
+        found[name] = kit.unshard(shards, dimensions[name])
+    return found
+
+
+def outcome(model: Any, layout: Layout, teacher_logits: Tensor, **how: Any) -> Outcome:
+    """Logits, KL to the teacher and the gradient of every weight, through the model's logits."""
+    batch = kit.batch()
+    model.zero_grad(set_to_none=True)
+    local = model(batch["tokens"], batch["position_ids"], None, **how)
+    logits = gather_from_tensor_model_parallel_region(local)
+    log_p, log_q = torch.log_softmax(teacher_logits, -1), torch.log_softmax(logits, -1)
+    loss = ((log_p.exp() * (log_p - log_q)).sum(-1) * batch["loss_mask"]).sum()
+    loss.backward()
+    return {"logits": logits.detach(), "loss": loss.detach(), "grads": whole_gradients(model, layout)}
+
+
+def fused(model: Any, **how: Any) -> Outcome:
+    """The same through the KD loss inside the model's forward."""
+    batch = kit.batch()
+    where = batch["tokens"], batch["position_ids"]
+    model.zero_grad(set_to_none=True)
+    with torch.no_grad():
+        target = model.teacher_target(model(*where, run_teacher=True))
+    loss = model(*where, **how, teacher=target, loss_mask=batch["loss_mask"])
+    loss.backward()
+    return {"loss": loss.detach(), "grads": whole_gradients(model, LAYOUT)}
+
+
+def extracted(selection: Selection, teacher_logits: Tensor) -> Outcome:
+    """A stock model of the submodel's shape with the kept weights; gradients in their place in the parent's."""
+    shape = kit.SHAPE.resized(selection.as_dict())
+    small = Layout(shape, 8)
+    weights = kit.full_weights(LAYOUT)
+    model = kit.stock_model(shape)
+    share = parallel_state.get_tensor_model_parallel_world_size()
+    if share == 1:  # equality 4: the formula is the built object's size
+        assert sum(p.numel() for p in model.parameters()) == parameters(kit.SHAPE, selection.as_dict())
+    kit.set_weights(model, small, kit.cut(weights, LAYOUT, selection))
+    found = outcome(model, small, teacher_logits)
+    dimensions = LAYOUT.parameters()
+    found["grads"] = {
+        name: kit.scatter_back(grad, weights[name], dimensions[name], LAYOUT, selection)
+        for name, grad in found["grads"].items()
+    }
+    return found
+
+
+def distance(a: Outcome, b: Outcome) -> float:
+    """Worst relative difference of logits, loss and gradients."""
+    errors = [kit.worst(a["grads"], b["grads"])]
+    if "logits" in a and "logits" in b:
+        errors.append(float((a["logits"] - b["logits"]).abs().max() / b["logits"].abs().max()))
+    errors.append(float((a["loss"] - b["loss"]).abs() / b["loss"].abs().clamp(min=1e-300)))
+    return max(errors)
+
+
+def teacher_logits_of(model: Any) -> Tensor:
+    """The teacher's logits, whole."""
+    batch = kit.batch()
+    with torch.no_grad():
+        return gather_from_tensor_model_parallel_region(
+            model.teachers[0](batch["tokens"], batch["position_ids"], None)
+        )
+
+
+def soft(selection: Selection) -> dict[str, Any]:
+    """Keyword of the masked path at one-hot."""
+    return {"probabilities": one_hot(selection, CHOICES, torch.float64)}
+
+
+def equalities(tp: int) -> dict[str, float]:
+    """Errors of equalities 1 and 2 on a layout."""
+    kit.layout_of_ranks(tp)
+    model = kit.elastic_model()
+    target = teacher_logits_of(model)
+    found: dict[str, float] = {}
+    stock = kit.stock_model(kit.SHAPE)
+    kit.set_weights(stock, LAYOUT, kit.full_weights(LAYOUT))
+    plain = outcome(stock, LAYOUT, target)
+    for path, how in {"plain": {}, "sliced": {"selection": kit.FAMILY.full}, "masked": soft(kit.FAMILY.full)}.items():
+        found[f"full/{path}"] = distance(outcome(model, LAYOUT, target, **how), plain)
+    previous: Outcome | None = None
+    for name, selection in chosen_selections().items():
+        masked = outcome(model, LAYOUT, target, **soft(selection))
+        sliced = outcome(model, LAYOUT, target, selection=selection)
+        found[f"{name}/masked_sliced"] = distance(masked, sliced)
+        found[f"{name}/extracted_sliced"] = distance(extracted(selection, target), sliced)
+        found[f"{name}/fused_sliced"] = distance(fused(model, selection=selection), sliced)
+        found[f"{name}/fused_masked"] = distance(fused(model, **soft(selection)), masked)
+        if previous is not None:
+            found[f"{name}/differs"] = float((sliced["logits"] - previous["logits"]).abs().max())
+        previous = sliced
+    return found
+
+
+def _with_fault(break_it: Callable[[Any], Callable[[], None]], how: Callable[[Selection], dict[str, Any]]) -> float:
+    """Distance between a path with a fault and the extracted model."""
+    kit.layout_of_ranks()
+    model = kit.elastic_model()
+    target = teacher_logits_of(model)
+    selection = chosen_selections()["smallest"]
+    want = extracted(selection, target)
+    mend = break_it(model)
+    try:
+        return distance(outcome(model, LAYOUT, target, **how(selection)), want)
+    finally:
+        mend()
+
+
+def _gated_norm_over_the_whole_group(model: Any) -> Callable[[], None]:
+    """The gated norm divides by the parent's channels instead of the kept ones."""
+    right = norm_layers.gated_rms_norm
+
+    def wrong(y: Tensor, z: Tensor, weight: Tensor, groups: int, eps: float, mask: Tensor | None = None) -> Tensor:
+        return right(y if mask is None else y * mask, z, weight, groups, eps)
+
+    norm_layers.gated_rms_norm = wrong
+    return lambda: setattr(norm_layers, "gated_rms_norm", right)
+
+
+def _unmasked_residual(model: Any) -> Callable[[], None]:
+    """One layer adds to channels that the submodel does not have."""
+    layer = model.decoder.layers[1]
+    layer.forward = lambda x, **k: x + layer.mlp(
+        layer.pre_mlp_layernorm(x, width=k["masks"].hidden.sum()), mask=k["masks"].ffn
+    )
+    return lambda: layer.__dict__.pop("forward")
+
+
+def _final_norm_over_full_width(model: Any) -> Callable[[], None]:
+    """The final norm divides by the parent's width."""
+    norm = model.decoder.final_norm
+    right = norm.forward
+    norm.forward = lambda x, width=None, segments=None: right(x, segments=segments)
+    return lambda: norm.__dict__.pop("forward")
+
+
+def _other_columns(model: Any, name: str) -> Callable[[], None]:
+    """A sliced weight takes the last entries instead of the first."""
+    plan = model.decoder.plans.of(chosen_selections()["smallest"])
+    right = plan.segments[name]
+    size = kit.SHAPE.hidden
+    moved = tuple(
+        ((size - kept[0][1], size),) if kept is not None and kept[0] == (0, plan.hidden) else kept for kept in right
+    )
+    plan.segments[name] = moved
+    return lambda: plan.segments.__setitem__(name, right)
+
+
+def _plain_prefix_of_heads(model: Any) -> Callable[[], None]:
+    """Mamba heads are cut as a plain prefix over the groups."""
+    plan = model.decoder.plans.of(chosen_selections()["smallest"])
+    right = plan.segments["mixer.A_log"]
+    kept = sum(stop - start for start, stop in right[0])
+    plan.segments["mixer.A_log"] = (((0, kept),),)
+    return lambda: plan.segments.__setitem__("mixer.A_log", right)
+
+
+def faults() -> dict[str, float]:
+    """Error that each inserted fault makes."""
+    sliced: Callable[[Selection], dict[str, Any]] = lambda s: {"selection": s}  # noqa: E731
+    return {
+        "gated norm": _with_fault(_gated_norm_over_the_whole_group, soft),
+        "residual stream": _with_fault(_unmasked_residual, soft),
+        "final norm": _with_fault(_final_norm_over_full_width, soft),
+        "LM head": _with_fault(lambda m: _other_columns(m, "output_layer.weight"), sliced),
+        "FFN": _with_fault(lambda m: _other_columns(m, "mlp.linear_fc1.weight"), sliced),
+        "QKV": _with_fault(lambda m: _other_columns(m, "self_attention.linear_qkv.weight"), sliced),
+        "SSM groups": _with_fault(_plain_prefix_of_heads, sliced),
+        "none": _with_fault(lambda m: lambda: None, sliced),
+    }
+
+
+def run_all() -> dict[str, dict[str, float]]:
+    """Case -> errors; the worst over ranks."""
+    results = {"tp1": equalities(1), "tp2": equalities(2), "faults": faults()}
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, results)
+    return {case: {k: max(one[case][k] for one in everyone) for k in errors} for case, errors in results.items()}

@@ -1,0 +1,45 @@
+"""Equalities 1, 2 and 4: the parent, masked, sliced and extracted submodels are one model by different code paths."""
+
+import json
+from pathlib import Path
+
+import pytest
+from tests.distributed.launch import run_ranks
+
+# fp64, forward and gradients: sums of some hundred terms in another order. The inserted faults are 1e12 times as large.
+TOLERANCE = 1e-11
+FAULTS = ("gated norm", "residual stream", "final norm", "LM head", "FFN", "QKV", "SSM groups")
+
+
+@pytest.fixture(scope="module")
+def errors(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, float]]:
+    """Worst relative error of each case, from one launch."""
+    out = tmp_path_factory.mktemp("equalities") / "errors.json"
+    run_ranks("cases_body.py", 2, "--cases", "equality_cases", "--out", out)
+    found: dict[str, dict[str, float]] = json.loads(Path(out).read_text())
+    return found
+
+
+@pytest.mark.parametrize("layout", ["tp1", "tp2"])
+def test_full_selection_is_the_stock_model(errors: dict[str, dict[str, float]], layout: str) -> None:
+    for path in ("plain", "sliced", "masked"):
+        assert errors[layout][f"full/{path}"] < TOLERANCE, path
+
+
+@pytest.mark.parametrize("pair", ["masked_sliced", "extracted_sliced", "fused_sliced", "fused_masked"])
+@pytest.mark.parametrize("layout", ["tp1", "tp2"])
+def test_paths_agree(errors: dict[str, dict[str, float]], layout: str, pair: str) -> None:
+    cases = {key: value for key, value in errors[layout].items() if key.endswith(pair)}
+    assert len(cases) == 10  # four axes alone, all at their smallest, five random combinations
+    assert max(cases.values()) < TOLERANCE, cases
+
+
+@pytest.mark.parametrize("layout", ["tp1", "tp2"])
+def test_selections_differ(errors: dict[str, dict[str, float]], layout: str) -> None:
+    assert min(value for key, value in errors[layout].items() if key.endswith("differs")) > 1e-2
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_in_one_path_shows(errors: dict[str, dict[str, float]], fault: str) -> None:
+    assert errors["faults"][fault] > 1e-2
+    assert errors["faults"]["none"] < TOLERANCE
