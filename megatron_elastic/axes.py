@@ -1,12 +1,14 @@
 """Block order: the one owner of which entries of an axis a choice keeps.
 
-An axis of `size` entries is laid out in `blocks` equal blocks, and the choice `k` keeps the first `k / blocks` entries of
-every block. That set does not depend on the parallel layout, gives every tensor-parallel rank equal work, and nests. Masks,
-slices, sorting, extraction, cost and checkpoint metadata all ask the classes here; nothing else computes an index.
+An axis of `size` entries is laid out in `blocks` equal blocks, and the choice `k` keeps the first `k / blocks` entries
+of every block. That set does not depend on the parallel layout, gives every tensor-parallel rank equal work, and nests.
+Masks, slices, sorting, extraction, cost and checkpoint metadata all ask the classes here; nothing else computes an
+index.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -47,7 +49,7 @@ class BlockOrder:
             found.append(f"size {self.size} does not divide into {self.blocks} blocks: take a divisor of {self.size}")
         if not choices or choices[0] != self.size:
             found.append(f"choices {list(choices)} must begin with the full size {self.size}")
-        if any(a <= b for a, b in zip(choices, choices[1:], strict=False)):
+        if any(a <= b for a, b in pairwise(choices)):
             found.append(f"choices {list(choices)} must be strictly descending")
         for choice in choices:
             if not 0 < choice <= self.size:
@@ -62,7 +64,10 @@ class BlockOrder:
         return choice // self.blocks
 
     def mask_table(self, choices: Sequence[int], world: int = 1) -> Tensor:
-        """The 0/1 mask of each choice on a tensor-parallel shard (whole blocks: every shard has the same), `[choices, size / world]`."""
+        """The 0/1 mask of each choice on a tensor-parallel shard, `[choices, size / world]`.
+
+        A shard has whole blocks, so every shard has the same mask.
+        """
         width = self.size // self.blocks
         inside = torch.arange(self.size // world) % width
         kept = torch.tensor([self.per_block(choice) for choice in choices])
@@ -75,9 +80,9 @@ class BlockOrder:
             scores: importance of each entry, `[size]`.
 
         Returns:
-            `[size]` int64: entry `i` of the new order is entry `permutation[i]` of the old one. For a dealt axis the rank
-            `r` of the importance order goes to block `r mod blocks`, position `r div blocks`, so that a prefix of every
-            block is the global top-k; for a pinned axis each block is sorted in place.
+            `[size]` int64: entry `i` of the new order is entry `permutation[i]` of the old one. For a dealt axis the
+            rank `r` of the importance order goes to block `r mod blocks`, position `r div blocks`, so that a prefix of
+            every block is the global top-k; for a pinned axis each block is sorted in place.
         """
         width = self.size // self.blocks
         scores = scores.detach().double().cpu()
@@ -177,14 +182,12 @@ class Dimension:
         rows = torch.arange(self.size)
         start = 0
         for part in self.parts:
-            block_size = part.size // part.blocks
-            view = rows[start : start + part.size].view(part.blocks, block_size).clone()
+            view = rows[start : start + part.size].view(part.blocks, part.size // part.blocks)
             offset = 0
             for item in part.items:
-                if item.axis in orders:
+                if item.axis is not None and item.axis in orders:
                     entry_rows = view[:, offset : offset + item.size].reshape(-1, item.width)
-                    moved = entry_rows[orders[item.axis]].view(part.blocks, item.size)
-                    rows[start : start + part.size].view(part.blocks, block_size)[:, offset : offset + item.size] = moved
+                    view[:, offset : offset + item.size] = entry_rows[orders[item.axis]].view(part.blocks, item.size)
                 offset += item.size
             start += part.size
         return rows

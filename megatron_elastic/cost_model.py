@@ -1,8 +1,10 @@
-"""What a selection costs. One formula, ints or tensors in: ints give the exact count, expected sizes the differentiable one."""
+"""What a selection costs.
+
+One formula, ints or tensors in: ints give the exact count, expected sizes the differentiable one.
+"""
 
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TypeVar
 
 from torch import Tensor
 
@@ -10,10 +12,8 @@ from megatron_elastic.axes import AXES, layer_kinds
 from megatron_elastic.budget import Selection
 from megatron_elastic.layout import ModelShape
 
-Size = TypeVar("Size", int, Tensor)
 
-
-def _mamba(shape: ModelShape, hidden: Size, heads: Size) -> Size:
+def _mamba[Size: (int, Tensor)](shape: ModelShape, hidden: Size, heads: Size) -> Size:
     inner = heads * shape.mamba_head_dim
     states = 2 * shape.mamba_groups * shape.mamba_state
     in_proj = hidden * (2 * inner + states + heads)
@@ -21,21 +21,22 @@ def _mamba(shape: ModelShape, hidden: Size, heads: Size) -> Size:
     return hidden + in_proj + conv + 3 * heads + inner + inner * hidden
 
 
-def _attention(shape: ModelShape, hidden: Size, heads: Size) -> Size:
+def _attention[Size: (int, Tensor)](shape: ModelShape, hidden: Size, heads: Size) -> Size:
     query = heads * shape.head_dim
     return hidden + hidden * (query + 2 * shape.query_groups * shape.head_dim) + query * hidden
 
 
-def _mlp(hidden: Size, ffn: Size) -> Size:
+def _mlp[Size: (int, Tensor)](hidden: Size, ffn: Size) -> Size:
     return hidden + 2 * hidden * ffn
 
 
-def parameters(shape: ModelShape, sizes: Mapping[str, Size]) -> Size:
+def parameters[Size: (int, Tensor)](shape: ModelShape, sizes: Mapping[str, Size]) -> Size:
     """Parameters of the submodel with the given size on each axis.
 
     Args:
         shape: the parent.
-        sizes: axis -> kept entries; ints for the exact count, 0-dim tensors (expected sizes) for the differentiable one.
+        sizes: axis -> kept entries; ints for the exact count, 0-dim tensors (expected sizes) for the differentiable
+            one.
     """
     hidden = sizes["hidden"]
     kinds = layer_kinds(shape.pattern)

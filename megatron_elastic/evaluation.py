@@ -21,11 +21,12 @@ DEFAULT_SEQUENCE_LENGTH = 256
 """Tokens of context where the caller gives none; the same for every model, so that losses can be compared."""
 
 _MODEL_ARGUMENTS = (
-    "hidden_size ffn_hidden_size num_attention_heads num_query_groups group_query_attention kv_channels mamba_num_heads "
-    "mamba_head_dim mamba_num_groups mamba_state_dim hybrid_layer_pattern vocab_size make_vocab_size_divisible_by "
-    "tokenizer_type tokenizer_model normalization position_embedding_type rotary_percent rotary_base squared_relu "
-    "untie_embeddings_and_output_weights"
-).split()
+    *("hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "group_query_attention"),
+    *("kv_channels", "mamba_num_heads", "mamba_head_dim", "mamba_num_groups", "mamba_state_dim"),
+    *("hybrid_layer_pattern", "vocab_size", "make_vocab_size_divisible_by", "tokenizer_type", "tokenizer_model"),
+    *("normalization", "position_embedding_type", "rotary_percent", "rotary_base", "squared_relu"),
+    "untie_embeddings_and_output_weights",
+)
 
 
 def windows(data: str | Path, sequence_length: int, tokens: int | None) -> Iterator[tuple[Tensor, Tensor]]:
@@ -43,12 +44,13 @@ def windows(data: str | Path, sequence_length: int, tokens: int | None) -> Itera
         CorpusError: no such data, or fewer tokens than asked for.
     """
     if not Path(f"{data}.idx").exists() or not Path(f"{data}.bin").exists():
-        raise CorpusError(f"{data}: no {data}.bin and {data}.idx: give the prefix of a data set (megatron-elastic corpus)")
+        raise CorpusError(f"{data}: no {data}.bin and {data}.idx: give a data set's prefix (megatron-elastic corpus)")
     dataset = IndexedDataset(str(data))
     text = torch.cat([torch.from_numpy(dataset[number].astype("int64")) for number in range(len(dataset))])
     wanted = (len(text) - 1) // sequence_length * sequence_length if tokens is None else tokens
     if wanted < 1 or wanted > len(text) - 1:
-        raise CorpusError(f"{data}: {len(text) - 1} predictions there, {max(wanted, 1)} asked for: use --tokens or more text")
+        asked = max(wanted, 1)
+        raise CorpusError(f"{data}: {len(text) - 1} predictions there, {asked} asked for: use --tokens or more text")
     for start in range(0, wanted, sequence_length):
         stop = min(start + sequence_length, wanted)
         yield text[start:stop], text[start + 1 : stop + 1]
@@ -58,7 +60,7 @@ def _stock_flags(path: Path) -> dict[str, Any]:
     """Model flags of a checkpoint that Megatron itself wrote, from the arguments stored in it."""
     stored = read_common(path).get("args")
     if not isinstance(stored, Namespace | Mapping):
-        raise CheckpointError(f"{path}: no description and no Megatron arguments inside: it cannot be built from itself")
+        raise CheckpointError(f"{path}: neither a description nor Megatron's arguments inside: it cannot be built")
     args = vars(stored) if isinstance(stored, Namespace) else dict(stored)
     if not args.get("hybrid_layer_pattern"):
         raise CheckpointError(f"{path}: not a hybrid model (its arguments have no hybrid_layer_pattern)")

@@ -38,8 +38,9 @@ Loss = tuple[Tensor, Tensor, dict[str, Tensor]]
 class JointStep:
     """Megatron's `forward_step_func` for elastic distillation.
 
-    The gradient of a step is that of `sum_b w_b * mean_t KL(teacher || budget b)` plus the router's weighted penalty: each
-    student returns its summed KL times `w_b * K`, and core divides by all budgets' tokens, `K` times the base tokens.
+    The gradient of a step is that of `sum_b w_b * mean_t KL(teacher || budget b)` plus the router's weighted penalty:
+    each student returns its summed KL times `w_b * K`, and core divides by all budgets' tokens, `K` times the base
+    tokens.
     """
 
     def __init__(self, recipe: Recipe, state: FamilyState, weights: Sequence[float], log: StepLog) -> None:
@@ -89,7 +90,7 @@ class JointStep:
             self.log.step(iteration, self.state)
 
     def _submodel(self, budget: int, training: bool) -> dict[str, Any]:
-        """How the model runs a budget now: sliced where its selection is decided or judged, masked while it is learnt."""
+        """How the model runs a budget now: sliced where its selection is decided or judged, masked while it learns."""
         decided = self.state.metadata.selections
         if decided:
             return {"selection": decided[budget]}

@@ -131,7 +131,7 @@ class Layout:
     def parameters(self) -> dict[str, tuple[Dimension, ...]]:
         """Stock name -> its dimensions, for the whole model (global layer numbers)."""
         vocab = Dimension((_fixed(self.shape.vocab),), sharded=True)
-        found = {"embedding.word_embeddings.weight": (vocab, self.hidden)}
+        found: dict[str, tuple[Dimension, ...]] = {"embedding.word_embeddings.weight": (vocab, self.hidden)}
         for number, kind in enumerate(layer_kinds(self.shape.pattern)):
             for name, dimensions in self._layer(kind).items():
                 found[f"decoder.layers.{number}.{name}"] = dimensions

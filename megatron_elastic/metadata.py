@@ -59,20 +59,23 @@ class Metadata:
         """Reads what `to_json` wrote.
 
         Raises:
-            CheckpointError: not JSON, or a schema newer than this version knows.
+            CheckpointError: not such JSON, or a schema that this version does not know.
         """
         try:
             values = json.loads(text)
             schema = values.pop("schema")
-        except (ValueError, KeyError, AttributeError) as error:
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
             raise CheckpointError(f"{KEY}: not a description of an elastic checkpoint ({error})") from error
         if schema != SCHEMA:
-            raise CheckpointError(f"{KEY}: schema {schema}, this version reads schema {SCHEMA}: update megatron_elastic")
-        values["shape"] = ModelShape.from_dict(values["shape"])
-        values["choices"] = {axis: tuple(sizes) for axis, sizes in values["choices"].items()}
-        values["budgets"] = tuple(Budget(**budget) for budget in values["budgets"])
-        values["selections"] = tuple(Selection.from_dict(kept) for kept in values["selections"])
-        return cls(**values)
+            raise CheckpointError(f"{KEY}: schema {schema}, this version reads {SCHEMA}: update megatron_elastic")
+        try:
+            values["shape"] = ModelShape.from_dict(values["shape"])
+            values["choices"] = {axis: tuple(sizes) for axis, sizes in values["choices"].items()}
+            values["budgets"] = tuple(Budget(**budget) for budget in values["budgets"])
+            values["selections"] = tuple(Selection.from_dict(kept) for kept in values["selections"])
+            return cls(**values)
+        except (KeyError, AttributeError, TypeError) as error:
+            raise CheckpointError(f"{KEY}: a damaged description of an elastic checkpoint ({error!r})") from error
 
     def to_tensor(self) -> Tensor:
         """The JSON, padded with spaces, `[CAPACITY]` uint8."""
@@ -96,7 +99,7 @@ class Metadata:
         if name not in names:
             raise CheckpointError(f"budget {name!r}: the family has {names}")
         if not self.selections:
-            raise CheckpointError(f"budget {name!r}: not decided yet (the router still learns): train the family further")
+            raise CheckpointError(f"budget {name!r}: not decided yet, the router learns: train the family further")
         return self.selections[names.index(name)]
 
     def same_family(self, other: "Metadata") -> list[str]:

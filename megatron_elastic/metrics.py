@@ -1,4 +1,4 @@
-"""What a run says besides Megatron's own log: the router over steps, the decision, and the accounting in base samples."""
+"""What a run says besides Megatron's own log: the router over steps, its decision, the accounting in base samples."""
 
 import time
 from typing import Any
@@ -13,9 +13,9 @@ from megatron_elastic.metadata import Metadata
 
 
 def joint_flops_per_token(recipe: Recipe, metadata: Metadata, sequence_length: int) -> int:
-    """Floating point operations of one joint step for one base token: teacher forward, every student's forward and backward.
+    """Floating point operations of one joint step for one base token: teacher forward, every student forward and back.
 
-    While the router learns every student runs at full width. Teacher's LM head counts once a budget.
+    While the router learns every student runs at full width. The teacher's LM head counts once a budget.
     """
     shape, budgets = recipe.family.shape, len(recipe.family.budgets)
     full = forward_flops_per_token(shape, shape.full, sequence_length)

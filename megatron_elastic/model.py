@@ -81,8 +81,8 @@ class _ScaleGradient(torch.autograd.Function):
 class _Tie(torch.autograd.Function):
     """The teacher's output with a zero gradient for the tensor this stage received.
 
-    Core's backward skips a tensor without gradient, and the previous stage would then wait forever. The output is never a
-    view (the schedule frees its storage), and never `0 * x` (an infinity would become NaN).
+    Core's backward skips a tensor without gradient, and the previous stage would then wait forever. The output is never
+    a view (the schedule frees its storage), and never `0 * x` (an infinity would become NaN).
     """
 
     @staticmethod
@@ -103,7 +103,7 @@ class ElasticHybridModel(HybridModel):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        # In tuples, not as submodules: neither is saved by name, hooked by DDP, put into an optimizer or into train mode.
+        # In tuples, not as submodules: neither is saved by name, hooked by DDP, optimized or put into train mode.
         self.teachers: tuple[ElasticHybridModel, ...] = ()
         self.states: tuple[FamilyState, ...] = ()
         if self.post_process:
@@ -170,7 +170,8 @@ class ElasticHybridModel(HybridModel):
             position_ids: `[b, s]`.
             attention_mask: refused; attention is causal.
             selection: runs the slice of this selection.
-            probabilities: axis -> `[choices]` fp32: runs under soft masks. By keyword, so that mixed precision leaves it be.
+            probabilities: axis -> `[choices]` fp32: runs under soft masks. By keyword, so that mixed precision leaves
+                it be.
             run_teacher: runs the frozen teacher instead and returns its final hidden states.
             teacher: on the last stage, returns the summed KD loss against it.
             labels: `[b, s]`: on the last stage, returns the summed cross entropy (no gradient).
@@ -178,11 +179,13 @@ class ElasticHybridModel(HybridModel):
             temperature: of the KD softmax.
 
         Returns:
-            Hidden states `[s, b, h]` before the last stage and for the teacher; on the last stage the 0-dim loss sum, or the
-            logits `[b, s, V / TP]` where neither `teacher` nor `labels` is given.
+            Hidden states `[s, b, h]` before the last stage and for the teacher; on the last stage the 0-dim loss sum,
+            or the logits `[b, s, V / TP]` where neither `teacher` nor `labels` is given.
         """
         if attention_mask is not None:
-            raise ValueError("attention_mask: elastic attention is causal; pass None (--no-create-attention-mask-in-dataloader)")
+            raise ValueError(
+                "attention_mask: elastic attention is causal; pass None (--no-create-attention-mask-in-dataloader)"
+            )
         if run_teacher:
             return self._teacher_forward(input_ids, position_ids)
         hidden = self.trunk(input_ids, position_ids, selection=selection, probabilities=probabilities)
@@ -240,12 +243,15 @@ class ElasticModelConfig(HybridModelConfig):
 
     Attributes:
         family: what is elastic.
-        on_build: called with each model chunk and its virtual stage before it is wrapped (loads weights, adds a teacher).
+        on_build: called with each model chunk and its virtual stage before it is wrapped (loads weights, adds a
+            teacher).
     """
 
     builder: ClassVar[str] = "megatron_elastic.model.ElasticModelBuilder"
     family: Family | None = None
-    on_build: Callable[["ElasticModelBuilder", ElasticHybridModel, ProcessGroupCollection, int | None], None] | None = None
+    on_build: (
+        Callable[["ElasticModelBuilder", ElasticHybridModel, ProcessGroupCollection, int | None], None] | None
+    ) = None
 
 
 class ElasticModelBuilder(HybridModelBuilder):

@@ -1,8 +1,8 @@
 """The router: budget -> a soft selection while it learns, a hard one when it is decided.
 
-One small net per axis sees only the budget, never a token, so after training it is a table (Nemotron Elastic, eqs 6-11).
-It is replicated on every rank, in fp32, outside Megatron's gradient buckets: what crosses ranks is the gradient of its
-*probabilities*, so every rank takes the same step and the nets stay bitwise equal without ever being reduced themselves.
+One small net per axis sees only the budget, never a token, so after training it is a table (Nemotron Elastic, eqs
+6-11). It is replicated on every rank, in fp32, outside Megatron's gradient buckets: what crosses ranks is the gradient
+of its *probabilities*, so every rank takes the same step and the nets stay bitwise equal without being reduced.
 """
 
 import hashlib
@@ -166,8 +166,8 @@ class Router(torch.nn.Module):
     def decide(self, step: int) -> tuple[Selection, ...]:
         """The selection of every budget: the most probable one, without noise, that meets the target.
 
-        Among the selections within `tolerance` of the target the most probable is taken, nested ones (no axis larger than
-        in the next larger budget) before others. Deterministic, the same on every rank.
+        Among the selections within `tolerance` of the target the most probable is taken, nested ones (no axis larger
+        than in the next larger budget) before others. Deterministic, the same on every rank.
         """
         decided: list[Selection] = []
         parent = parameters(self.shape, self.shape.full)
@@ -280,7 +280,7 @@ class RouterTrainer:
         gradients, self._pending = self._pending, None
         self.optimizer.zero_grad(set_to_none=True)
         with torch.enable_grad():  # called from the backbone's optimizer step, which runs without
-            self.loss(self._step, gradients).backward()
+            self.loss(self._step, gradients).backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(self.router.parameters(), self.router.config.clip)
         for settings in self.optimizer.param_groups:
             settings["lr"] = self.router.config.learning_rate_at(self._step)

@@ -1,6 +1,7 @@
 """The curriculum in Megatron's terms: the flags of each stage's own `pretrain()` run.
 
-A recipe speaks of base samples; Megatron counts every base sample once a role. The factor is applied here and nowhere else.
+A recipe speaks of base samples; Megatron counts every base sample once a role. The factor is applied here and nowhere
+else.
 """
 
 from collections.abc import Mapping, Sequence

@@ -1,7 +1,9 @@
 """`megatron-elastic`: finds the subcommand, runs it, and turns what goes wrong into one message and an exit status."""
 
 import argparse
+import logging
 import sys
+import warnings
 from collections.abc import Sequence
 from importlib import import_module
 
@@ -55,6 +57,12 @@ def _worker_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _quiet() -> None:
+    """Keeps to itself what the engine says about packages that are optional here; errors are still told."""
+    warnings.filterwarnings("ignore", module=r"megatron\.")
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one subcommand.
 
@@ -67,6 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     parser = _worker_parser() if words and words[0] in WORKERS else build_parser()
     arguments = parser.parse_args(words)
+    _quiet()
     try:
         status: int = arguments.run(arguments)
     except ElasticError as error:

@@ -1,7 +1,7 @@
 """Roles: every base microbatch is run by the teacher, then by each budget from narrow to full.
 
-The role is a property of the dataset index, so Megatron's own sampler, its resume and its data-parallel split work as they
-are: `MegatronPretrainingSampler` gives the data-parallel rank `r` the `r`-th micro batch of every run of
+The role is a property of the dataset index, so Megatron's own sampler, its resume and its data-parallel split work as
+they are: `MegatronPretrainingSampler` gives the data-parallel rank `r` the `r`-th micro batch of every run of
 `micro_batch_size * data_parallel_size` indices, and all indices of a run share a role.
 """
 

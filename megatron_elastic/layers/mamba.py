@@ -19,8 +19,9 @@ class ElasticMambaMixer(LocalMambaMixer):
     def forward(self, hidden_states: Tensor, *, mask: Tensor | None = None, plan: SlicePlan | None = None) -> Tensor:
         """Args:
             hidden_states: normalised input, `[s, b, kept hidden]`.
-            mask: soft mask of the heads, `[heads / TP]`. It is applied once, where the heads' outputs meet (gated norm and
-                output projection): at one-hot a masked head adds exactly nothing, and no weight of it gets a gradient.
+            mask: soft mask of the heads, `[heads / TP]`. It is applied once, where the heads' outputs meet (gated norm
+                and output projection): at one-hot a masked head adds exactly nothing, and no weight of it gets a
+                gradient.
             plan: slice to run instead.
 
         Returns:

@@ -1,7 +1,7 @@
 """The elastic stack: a short layer loop that carries the selection as an argument, recompute included.
 
-Core's `HybridStack.forward` and `checkpointed_forward` have closed argument lists. A selection that sat on the modules instead
-would be another budget's by the time 1F1B runs a backward, or recompute replays a forward.
+Core's `HybridStack.forward` and `checkpointed_forward` have closed argument lists. A selection that sat on the modules
+instead would be another budget's by the time 1F1B runs a backward, or recompute replays a forward.
 """
 
 from collections.abc import Mapping, Sequence
@@ -72,7 +72,8 @@ class ElasticStack(LocalHybridStack):
 
     def _run(self, numbers: Sequence[int], plan: SlicePlan | None, x: Tensor, *rest: Tensor | None) -> Tensor:
         rotary, *mixed = rest
-        masks = Masks(*mixed) if mixed else None
+        # Rotary embeddings alone may be absent: masks come all together or not at all.
+        masks = Masks(*(mask for mask in mixed if mask is not None)) if mixed else None
         for number in numbers:
             x = self.layers[number](x, masks=masks, plan=plan, rotary_pos_emb=rotary)
         return x

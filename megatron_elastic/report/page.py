@@ -129,7 +129,7 @@ def write_report(folder: Path) -> dict[str, Any]:
     if plot_losses(curves, names, marks, plots / "losses.png"):
         loss_plot = f"\n![Distillation loss over steps]({PLOTS}/losses.png)\n"
     learnt = [budget.name for budget in family.budgets if budget.fraction < 1.0]
-    choices = {axis: sizes for axis, sizes in family.choices.items() if len(sizes) > 1}
+    choices = {axis: family.choices[axis] for axis in AXES if len(family.choices[axis]) > 1}
     if plot_router(curves, learnt, choices, plots / "router.png"):
         router_plot = f"\n![Router probabilities over steps]({PLOTS}/router.png)\n"
     page = PAGE.format(

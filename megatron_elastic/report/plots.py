@@ -88,6 +88,8 @@ def plot_losses(
     _mark(axes, marks)
     if lowest and max(lowest) > 20 * min(lowest):
         axes.set_yscale("log")
+        # The full budget begins as the parent itself: its first values, next to nothing, would squeeze the others.
+        axes.set_ylim(bottom=max(0.7 * min(lowest), 1e-4 * max(lowest)))
     axes.set_xlabel("optimizer step")
     axes.set_ylabel("KL to the parent (nats per token)")
     axes.set_title("Distillation loss of every budget", loc="left", fontweight="bold")

@@ -45,7 +45,8 @@ def squared_relu(x: Tensor) -> Tensor:
 
 def config(shape: ModelShape = SHAPE, *, dtype: torch.dtype = torch.float64, **other: Any) -> TransformerConfig:
     """Megatron's config of a shape, on the layout that is initialised."""
-    tp, pp = parallel_state.get_tensor_model_parallel_world_size(), parallel_state.get_pipeline_model_parallel_world_size()
+    tp = parallel_state.get_tensor_model_parallel_world_size()
+    pp = parallel_state.get_pipeline_model_parallel_world_size()
     return TransformerConfig(
         **{
             "num_layers": len(shape.pattern), "hidden_size": shape.hidden, "ffn_hidden_size": shape.ffn,
@@ -189,7 +190,9 @@ def cut(weights: Mapping[str, Tensor], layout: Layout, selection: Selection) -> 
     return found
 
 
-def scatter_back(part: Tensor, whole: Tensor, dimensions: tuple[Dimension, ...], layout: Layout, s: Selection) -> Tensor:
+def scatter_back(
+    part: Tensor, whole: Tensor, dimensions: tuple[Dimension, ...], layout: Layout, s: Selection
+) -> Tensor:
     """A slice's tensor in its place in a zero tensor of the parent's shape."""
     result = torch.zeros_like(whole)
     grid = []

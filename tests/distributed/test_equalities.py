@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+
 from tests.distributed.launch import run_ranks
 
 # fp64, forward and gradients: sums of some hundred terms in another order. The inserted faults are 1e12 times as large.

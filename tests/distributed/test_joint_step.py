@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+
 from tests.distributed.launch import run_ranks
 
 LAYOUTS = ("tp2", "tp2_sp", "pp2", "pp2_recompute")

@@ -108,7 +108,7 @@ def test_page_has_tables_checks_and_plots(run: Path) -> None:
         assert (run / "report" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
         assert (run / "report" / f"{name}.png").stat().st_size > 10_000
     assert "| p50 | 3.3000 | 3.3000 | 5.0000 | 6.5000 | 4.0000 | 85% |" in page
-    assert "11 of 11 hold" in page
+    assert "14 of 14 hold" in page
     assert "**no**" not in page
     assert not [path for path in run.rglob(".*") if path.is_file() and path.parent.name in (run.name, "report")]
 

@@ -171,7 +171,7 @@ def test_a_failed_child_shows_its_status_and_the_end_of_its_output(tmp_path: Pat
 
 def test_a_childs_own_message_is_shown_alone(tmp_path: Path) -> None:
     command = child("print('noise\\nmegatron-elastic: error: no parent\\n  - this\\nmore noise'); raise SystemExit(1)")
-    with pytest.raises(ElasticError, match="^no parent\n  - this\n") as failure:
+    with pytest.raises(ElasticError, match=r"^no parent\n  - this\n") as failure:
         launch.run_children([command], what="a child", log=tmp_path / "a.log")
     assert "noise" not in str(failure.value)
 

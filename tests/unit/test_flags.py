@@ -1,0 +1,176 @@
+"""Megatron's flags: which are refused, each by name and with its reason; and which are not."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from megatron_elastic.flags import REFUSALS, flag_faults, model_shape, padded_vocabulary, shape_flags, to_argv
+
+RECIPE = Path(__file__).resolve().parents[2] / "recipes" / "quickstart.yaml"
+GOOD: dict[str, Any] = yaml.safe_load(RECIPE.read_text("utf-8"))["megatron"]
+
+# Flag -> a value that is refused, and one that passes (None: the flag is left out).
+REFUSED_AND_ALLOWED: dict[str, tuple[Any, Any]] = {
+    "calculate-per-token-loss": (None, True),
+    "cuda-graph-impl": ("local", "none"),
+    "enable-cuda-graph": (True, None),
+    "external-cuda-graph": (True, None),
+    "use-megatron-fsdp": (True, False),
+    "use-torch-fsdp2": (True, None),
+    "dataloader-type": ("cyclic", "single"),
+    "rampup-batch-size": ([8, 8, 1000], None),
+    "full-validation": (True, None),
+    "tp-comm-overlap": (True, False),
+    "fp8-param-gather": (True, None),
+    "fp8-format": ("hybrid", None),
+    "fp16": (True, False),
+    "defer-embedding-wgrad-compute": (True, None),
+    "delay-wgrad-compute": (True, None),
+    "overlap-p2p-communication-warmup-flush": (True, None),
+    "fp32-residual-connection": (True, None),
+    "context-parallel-size": (2, 1),
+    "hidden-dropout": (0.1, 0.0),
+    "attention-dropout": (None, 0),
+    "mtp-num-layers": (1, None),
+    "num-experts": (4, None),
+    "untie-embeddings-and-output-weights": (None, True),
+    "disable-bias-linear": (False, True),
+    "add-qkv-bias": (True, None),
+    "swiglu": (True, False),
+    "quick-geglu": (True, None),
+    "qk-layernorm": (True, None),
+    "qk-l2-norm": (True, None),
+    "attention-output-gate": (True, None),
+    "multi-latent-attention": (True, None),
+    "experimental-attention-variant": ("gated_delta_net", None),
+    "position-embedding-type": ("learned_absolute", "rope"),
+    "normalization": ("LayerNorm", "RMSNorm"),
+    "apply-layernorm-1p": (True, None),
+    "use-mup": (True, None),
+    "is-hybrid-model": (True, None),
+}
+OWNED = [row.flag for row in REFUSALS if row.reason.startswith("set by the elastic section")]
+
+
+def with_flag(flag: str, value: Any) -> dict[str, Any]:
+    flags = {name: kept for name, kept in GOOD.items() if name != flag}
+    return flags if value is None else {**flags, flag: value}
+
+
+def test_the_quickstarts_flags_pass() -> None:
+    assert flag_faults(GOOD) == []
+
+
+def test_every_row_of_the_table_is_tested() -> None:
+    rows = [row.flag for row in REFUSALS]
+    assert len(rows) == len(set(rows))
+    assert set(rows) <= set(REFUSED_AND_ALLOWED) | set(OWNED), "add the new row to this test"
+
+
+@pytest.mark.parametrize("flag", [row.flag for row in REFUSALS if row.flag not in OWNED])
+def test_a_refused_flag_is_named_with_its_reason(flag: str) -> None:
+    refused, allowed = REFUSED_AND_ALLOWED[flag]
+    (fault,) = flag_faults(with_flag(flag, refused))
+    assert fault.startswith(f"megatron.{flag}: {refused!r} is refused: ")
+    assert len(fault.partition("is refused: ")[2]) > 10
+    assert flag_faults(with_flag(flag, allowed)) == []
+
+
+@pytest.mark.parametrize("flag", OWNED)
+def test_what_the_elastic_section_sets_may_not_be_set_twice(flag: str) -> None:
+    (fault,) = flag_faults({**GOOD, flag: 1})
+    assert flag in fault
+    assert "set by the elastic section" in fault
+
+
+@pytest.mark.parametrize(
+    ("feature", "flags"),
+    [
+        ("tied embeddings", {"untie-embeddings-and-output-weights": False}),
+        ("biases of linears", {"disable-bias-linear": False}),
+        ("QKV bias", {"add-qkv-bias": True}),
+        ("gated MLP", {"swiglu": True}),
+        ("qk-norm", {"qk-layernorm": True}),
+        ("output gate", {"attention-output-gate": True}),
+        ("multi-latent attention", {"multi-latent-attention": True}),
+        ("gated delta net", {"experimental-attention-variant": "gated_delta_net"}),
+    ],
+)
+def test_parents_that_no_layer_carries_are_refused_by_name(feature: str, flags: dict[str, Any]) -> None:
+    (fault,) = flag_faults({**GOOD, **flags})
+    assert feature in fault
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {"position-embedding-type": "rope", "rotary-percent": 0.5},
+        {"bf16": True},
+        {"sequence-parallel": True},
+        {"use-distributed-optimizer": True, "overlap-grad-reduce": True, "overlap-param-gather": True},
+        {"recompute-granularity": "full", "recompute-method": "uniform", "recompute-num-layers": 1},
+        {"wandb-project": "family", "tensorboard-dir": "logs"},
+        {"no-such-flag-of-ours": 3},
+    ],
+)
+def test_what_is_not_in_the_table_passes(flags: dict[str, Any]) -> None:
+    assert flag_faults({**GOOD, **flags}) == []
+
+
+@pytest.mark.parametrize("flag", ["hidden_size", "--lr", "-lr"])
+def test_misspelt_flags_are_told(flag: str) -> None:
+    (fault,) = flag_faults({**GOOD, flag: 1})
+    assert "hyphens" in fault
+
+
+def test_layer_kinds_without_an_elastic_layer_are_refused() -> None:
+    for pattern, kind in (("M-E*", "E"), ("MG", "G"), ("DM*", "D")):
+        faults: list[str] = []
+        assert model_shape({**GOOD, "hybrid-layer-pattern": pattern}, faults) is None
+        assert f"'{kind}'" in faults[0]
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "text"),
+    [
+        ("hidden-size", None, "required"),
+        ("hidden-size", "large", "must be a whole number"),
+        ("num-attention-heads", 0, "at least 1"),
+        ("num-query-groups", 3, "must be a multiple of query_groups 3"),
+        ("mamba-num-groups", 3, "must be a multiple of mamba_groups 3"),
+        ("vocab-size", None, "required"),
+    ],
+)
+def test_a_shape_that_cannot_be_is_told(flag: str, value: Any, text: str) -> None:
+    faults: list[str] = []
+    assert model_shape(with_flag(flag, value), faults) is None
+    assert len(faults) == 1
+    assert text in faults[0]
+
+
+def test_shape_follows_the_flags_and_back() -> None:
+    shape = model_shape(GOOD, [])
+    assert shape is not None
+    assert (shape.hidden, shape.ffn, shape.query_groups, shape.vocab) == (128, 384, 4, 2048)
+    without_groups = model_shape(with_flag("group-query-attention", None), [])
+    assert without_groups is not None
+    assert without_groups.query_groups == 8
+    small = shape.resized({"hidden": 72, "ffn": 128, "mamba_heads": 4, "attention_heads": 4})
+    assert model_shape(shape_flags(small, GOOD), []) == small
+    assert model_shape(shape_flags(small, GOOD), []) != shape
+    # Pipeline separators are part of the layout, not of the shape.
+    assert model_shape({**GOOD, "hybrid-layer-pattern": "M-M*-|M-M*-"}, []) == shape
+
+
+def test_the_vocabulary_is_padded_as_megatron_pads_it() -> None:
+    flags = {"vocab-size": 1000, "make-vocab-size-divisible-by": 64}
+    assert padded_vocabulary(flags) == 1024
+    assert padded_vocabulary({**flags, "tensor-model-parallel-size": 3}) == 1152
+    assert padded_vocabulary({"vocab-size": 2048}) == 2048
+
+
+def test_flags_become_a_command_line() -> None:
+    flags = {"bf16": True, "fp8": False, "lr": 1e-3, "blend": [1, "a", 2, "b"], "none": None}
+    assert to_argv(flags) == ["--bf16", "--lr", "0.001", "--blend", "1", "a", "2", "b"]
