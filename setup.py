@@ -52,7 +52,10 @@ setup(
     long_description=(ROOT / "README.md").read_text("utf-8") if (ROOT / "README.md").exists() else "",
     long_description_content_type="text/markdown",
     python_requires=">=3.12",
-    packages=find_packages(include=["megatron_elastic", "megatron_elastic.*"]),
+    # The recipes stand beside the package in a clone, and inside it where it is installed.
+    packages=[*find_packages(include=["megatron_elastic", "megatron_elastic.*"]), "megatron_elastic.recipes"],
+    package_dir={"megatron_elastic.recipes": "recipes"},
+    package_data={"megatron_elastic.recipes": ["*.yaml"]},
     install_requires=RUNTIME,
     extras_require={"gpu": GPU, "dev": DEV},
     entry_points={"console_scripts": ["megatron-elastic = megatron_elastic.cli.main:main"]},

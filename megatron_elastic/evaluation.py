@@ -1,7 +1,7 @@
 """The loss of a model or of a budget inside its family, on the same tokens in the same order for every one of them."""
 
 from argparse import Namespace
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +56,13 @@ def windows(data: str | Path, sequence_length: int, tokens: int | None) -> Itera
         yield text[start:stop], text[start + 1 : stop + 1]
 
 
+def unigram_entropy(batches: Iterable[tuple[Tensor, Tensor]]) -> float:
+    """Entropy in nats of the labels under their own frequencies: what a model without context can reach at best."""
+    counts = torch.bincount(torch.cat([labels for _, labels in batches])).double()
+    shares = counts[counts > 0] / counts.sum()
+    return float(-(shares * shares.log()).sum())
+
+
 def _stock_flags(path: Path) -> dict[str, Any]:
     """Model flags of a checkpoint that Megatron itself wrote, from the arguments stored in it."""
     stored = read_common(path).get("args")
@@ -91,7 +98,7 @@ def _submodel(path: Path, metadata: Metadata | None, budget: str | None) -> tupl
 
 @torch.no_grad()
 def mean_loss(
-    model: Any, batches: Iterator[tuple[Tensor, Tensor]], selection: Selection | None = None, batch_size: int = 16
+    model: Any, batches: Iterable[tuple[Tensor, Tensor]], selection: Selection | None = None, batch_size: int = 16
 ) -> tuple[float, int]:
     """Mean cross entropy in nats per token, and the tokens counted.
 
@@ -142,7 +149,8 @@ def evaluate(
         sequence_length: context in tokens (default 256).
 
     Returns:
-        `loss` (nats per token), `tokens`, `parameters`, `sequence_length`, and for a family `budget` and `selection`.
+        `loss` (nats per token), `tokens`, `parameters`, `sequence_length`, `unigram_entropy` (of the predicted tokens under
+        their own frequencies, nats), and for a family `budget` and `selection`.
 
     Raises:
         CheckpointError: missing, foreign, or without that budget.
@@ -151,11 +159,17 @@ def evaluate(
     path = find_checkpoint(checkpoint)
     metadata = read_metadata(path)
     length = sequence_length or DEFAULT_SEQUENCE_LENGTH
-    batches = windows(data, length, tokens)
+    batches = list(windows(data, length, tokens))
     with single_process():
         model, selection, size = _submodel(path, metadata, budget)
         loss, count = mean_loss(model, batches, selection)
-    result: dict[str, Any] = {"loss": loss, "tokens": count, "parameters": size, "sequence_length": length}
+    result: dict[str, Any] = {
+        "loss": loss,
+        "tokens": count,
+        "parameters": size,
+        "sequence_length": length,
+        "unigram_entropy": unigram_entropy(batches),
+    }
     if selection is not None:
         assert metadata is not None
         result.update(budget=budget or metadata.budgets[0].name, selection=selection.as_dict())

@@ -110,10 +110,12 @@ class Router(torch.nn.Module):
         generator = torch.Generator().manual_seed(config.seed)
         for axis in AXES:
             net = torch.nn.Sequential(
-                torch.nn.Linear(len(self.budgets), config.width, dtype=torch.float32),
+                torch.nn.Linear(len(self.budgets), config.width, device="meta", dtype=torch.float32),
                 torch.nn.LeakyReLU(0.1),
-                torch.nn.Linear(config.width, len(self.choices[axis]), dtype=torch.float32),
+                torch.nn.Linear(config.width, len(self.choices[axis]), device="meta", dtype=torch.float32),
             )
+            # Made without storage first: the layers' own initial weights would come from the global generator.
+            net.to_empty(device="cpu")
             with torch.no_grad():
                 for parameter in net.parameters():
                     parameter.zero_()

@@ -24,7 +24,15 @@ GRACE = 40.0
 """Seconds that a launcher gets to end its ranks: torchrun itself gives them 30."""
 
 _ERROR = re.compile(r"megatron-elastic: error: (.*)")
-_DROPPED_FIELDS = ("consumed samples", "global batch size", "loss scale", "number of ", "num zeros", "params norm")
+_DROPPED_FIELDS = (
+    "consumed samples",
+    "global batch size",
+    "loss scale",
+    "number of ",
+    "num zeros",
+    "params norm",
+    "Theoretical",
+)
 
 
 def under_torchrun() -> bool:
@@ -82,6 +90,8 @@ def environment() -> dict[str, str]:
     # The working directory is not searched for modules: it holds folders such as `wandb`.
     found.update(PYTHONPATH=os.pathsep.join(paths), PYTHONSAFEPATH="1", PYTHONUNBUFFERED="1", OMP_NUM_THREADS="1")
     found.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if "WANDB_API_KEY" not in found and not Path("~/.netrc").expanduser().exists():
+        found.setdefault("WANDB_MODE", "offline")  # without an account wandb would ask for one
     if gpu_count():
         found.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # Megatron demands it for tensor parallelism
     else:

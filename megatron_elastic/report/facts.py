@@ -43,7 +43,7 @@ def build_report(folder: Path) -> dict[str, Any]:
     """Collects the report of a finished run.
 
     Args:
-        folder: of the run: `corpus/`, `family/` and `evaluations/` are read.
+        folder: of the run: `family/` and `evaluations/` are read.
 
     Returns:
         schema 1: parent, unigram_entropy, validation_tokens, budgets (largest first); losses in nats per token.
@@ -58,7 +58,6 @@ def build_report(folder: Path) -> dict[str, Any]:
     if family is None or not family.budgets:
         raise CheckpointError(f"{folder / 'family'}: not a family (no description inside)")
     missing: list[str] = []
-    corpus = _read(folder / "corpus" / "corpus.json", missing)
 
     def evaluation(name: str) -> dict[str, Any]:
         return _read(folder / "evaluations" / f"{name}.json", missing)
@@ -102,7 +101,7 @@ def build_report(folder: Path) -> dict[str, Any]:
     return {
         "schema": SCHEMA,
         "parent": {"parameters": whole, "validation_loss": parent["loss"]},
-        "unigram_entropy": corpus["unigram_entropy"],
+        "unigram_entropy": parent["unigram_entropy"],
         "validation_tokens": parent["tokens"],
         "budgets": budgets,
     }

@@ -49,8 +49,6 @@ def run(tmp_path: Path) -> Path:
     )
     tensors = {"decoder.final_norm.weight": LazyTensor((4,), torch.float32, lambda: torch.ones(4))}
     write_checkpoint(tmp_path / "family", tensors, common={}, metadata=described, iteration=recipe.iterations)
-    (tmp_path / "corpus").mkdir()
-    (tmp_path / "corpus" / "corpus.json").write_text(json.dumps({"unigram_entropy": 6.0}))
     write_evaluations(tmp_path, described)
     curve = [(step, 2.0 / step) for step in range(1, 181)]
     tags = {f"kd {budget.name}": curve for budget in family.budgets}
@@ -64,7 +62,7 @@ def run(tmp_path: Path) -> Path:
 
 def write_evaluations(folder: Path, family: Metadata) -> None:
     def put(name: str, loss: float, count: int) -> None:
-        value = {"loss": loss, "tokens": 65_536, "parameters": count}
+        value = {"loss": loss, "tokens": 65_536, "parameters": count, "unigram_entropy": 6.0}
         reports.write_json(folder / "evaluations" / f"{name}.json", value)
 
     put("parent", LOSSES["parent"], parameters(family.shape, family.shape.full))

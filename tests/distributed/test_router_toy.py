@@ -1,0 +1,53 @@
+"""The router works: where half of an axis is provably useless it cuts that half, and nothing else."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.distributed.launch import run_ranks
+
+pytestmark = pytest.mark.distributed
+AXES = ("hidden", "ffn", "mamba_heads", "attention_heads")
+TOYS = ("ffn", "mamba_heads", "attention_heads")
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What every toy gave, from one launch."""
+    out = tmp_path_factory.mktemp("toys") / "found.json"
+    run_ranks("cases_body.py", 1, "--cases", "router_toy_cases", "--out", out)
+    result: dict[str, Any] = json.loads(Path(out).read_text())
+    return result
+
+
+@pytest.mark.parametrize("toy", TOYS)
+def test_half_of_the_axis_is_useless_and_nothing_else_is(found: dict[str, Any], toy: str) -> None:
+    losses = dict(found[toy]["reachable"])
+    wanted = str(found[toy]["runs"][0]["wanted"])
+    # fp64: what is cut adds exactly zero, only sums are shorter.
+    assert abs(losses.pop(wanted)) < 1e-12
+    assert len(losses) >= 5
+    assert min(losses.values()) > 1e-3
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("toy", TOYS)
+def test_the_useless_half_is_cut_first(found: dict[str, Any], toy: str, seed: int) -> None:
+    run = found[toy]["runs"][seed]
+    assert run["decided"] == run["wanted"], run
+    assert run["cost"] == pytest.approx(1.0, abs=0.05)
+
+
+@pytest.mark.parametrize("toy", TOYS)
+def test_the_router_learnt_it(found: dict[str, Any], toy: str) -> None:
+    assert any(run["before"] != run["wanted"] for run in found[toy]["runs"])
+
+
+@pytest.mark.parametrize("axis", AXES)
+def test_the_kd_loss_reaches_every_axis(found: dict[str, Any], axis: str) -> None:
+    gradient = found["gradients"][axis]
+    assert gradient["norm"] > 1e-3
+    # Central differences of step 1e-5 in fp64.
+    assert gradient["error"] < 1e-6

@@ -1,0 +1,70 @@
+"""A tiny elastic run in a folder: a random parent, text of this repository, PP=2, wandb offline."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from tests.unit import small_parent
+
+from megatron_elastic.corpus import build_corpus
+from megatron_elastic.layout import Layout, ModelShape
+
+ROOT = Path(__file__).resolve().parents[2]
+VOCABULARY = 512
+MEGATRON: dict[str, Any] = {
+    "hybrid-layer-pattern": "M-|*-", "hidden-size": 32, "ffn-hidden-size": 64, "num-attention-heads": 4,
+    "group-query-attention": True, "num-query-groups": 2, "kv-channels": 8, "mamba-num-heads": 4, "mamba-head-dim": 8,
+    "mamba-num-groups": 2, "mamba-state-dim": 8, "vocab-size": VOCABULARY, "tokenizer-type": "HuggingFaceTokenizer",
+    "tokenizer-model": "corpus/tokenizer", "squared-relu": True, "normalization": "RMSNorm",
+    "position-embedding-type": "none", "untie-embeddings-and-output-weights": True, "disable-bias-linear": True,
+    "hidden-dropout": 0.0, "attention-dropout": 0.0, "calculate-per-token-loss": True, "pipeline-model-parallel-size": 2,
+    "lr": 1e-3, "min-lr": 1e-4, "lr-decay-style": "cosine", "clip-grad": 1.0, "log-interval": 1, "seed": 5,
+    "wandb-project": "elastic-test", "wandb-exp-name": "small", "wandb-save-dir": "wandb-logs",
+}  # fmt: skip
+STAGE = {"micro_batch_size": 2, "global_batch_size": 4, "weights": [0.6, 0.4]}
+ELASTIC: dict[str, Any] = {
+    "parent": "sorted", "save": "family", "train_data": "corpus/train", "validation_data": "corpus/validation",
+    "ffn_blocks": 4, "save_interval": 1, "evaluation": {"interval": 2, "iterations": 1},
+    "axes": {"hidden": [32, 24, 20, 16], "ffn": [64, 48, 32], "mamba_heads": [4, 2], "attention_heads": [4, 2]},
+    "budgets": [{"name": "whole", "fraction": 1.0}, {"name": "half", "fraction": 0.55}],
+    "stages": [
+        {"iterations": 3, "sequence_length": 32, **STAGE}, {"iterations": 2, "sequence_length": 64, **STAGE},
+    ],
+}  # fmt: skip
+SHAPE = ModelShape(
+    pattern="M-*-", vocab=VOCABULARY, hidden=32, ffn=64, attention_heads=4, query_groups=2, head_dim=8,
+    mamba_heads=4, mamba_head_dim=8, mamba_groups=2, mamba_state=8,
+)  # fmt: skip
+
+
+def prepare(folder: Path, **elastic: Any) -> None:
+    """Text, a random parent and the recipe."""
+    build_corpus(folder / "corpus", text=ROOT / "megatron_elastic", vocab_size=VOCABULARY, validation_fraction=0.2)
+    generator = torch.Generator().manual_seed(1)
+    weights = {}
+    for name, dimensions in Layout(SHAPE, 4).parameters().items():
+        size = [dimension.size for dimension in dimensions]
+        positive = any(part in name for part in ("norm", "A_log", "dt_bias", "mixer.D"))
+        weights[name] = torch.ones(size) if positive else torch.randn(size, generator=generator) * 0.05
+    small_parent.write(folder / "sorted", weights)
+    write_recipe(folder, **elastic)
+
+
+def write_recipe(folder: Path, **elastic: Any) -> None:
+    """The recipe, with keys of the elastic section on top."""
+    (folder / "recipe.yaml").write_text(yaml.safe_dump({"megatron": MEGATRON, "elastic": {**ELASTIC, **elastic}}))
+
+
+def train(folder: Path) -> subprocess.CompletedProcess[str]:
+    """`megatron-elastic train recipe.yaml` on two CPU ranks."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+    for name in ("WANDB_API_KEY", "WANDB_MODE"):
+        environment.pop(name, None)
+    command = [sys.executable, "-m", "megatron_elastic", "train", "recipe.yaml", "--ranks", "2"]
+    return subprocess.run(
+        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=400, check=False
+    )
