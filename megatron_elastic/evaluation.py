@@ -149,8 +149,8 @@ def evaluate(
         sequence_length: context in tokens (default 256).
 
     Returns:
-        `loss` (nats per token), `tokens`, `parameters`, `sequence_length`, `unigram_entropy` (of the predicted tokens under
-        their own frequencies, nats), and for a family `budget` and `selection`.
+        `loss` (nats per token), `tokens`, `parameters`, `sequence_length`, `unigram_entropy` (of the predicted tokens
+        under their own frequencies, nats), and for a family `budget` and `selection`.
 
     Raises:
         CheckpointError: missing, foreign, or without that budget.

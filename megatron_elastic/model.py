@@ -57,7 +57,7 @@ class FamilyState:
         different = self.metadata.same_family(found)
         if different:
             raise CheckpointError("the checkpoint is another family: " + "; ".join(different))
-        self.update(selections=found.selections, stage=found.stage, iteration=found.iteration)
+        self.update(selections=found.selections, iteration=found.iteration)
         with torch.no_grad():
             for name, tensor in own.items():
                 if name != family_metadata.KEY:

@@ -10,7 +10,7 @@ from tests.distributed.launch import run_ranks
 
 pytestmark = pytest.mark.distributed
 AXES = ("hidden", "ffn", "mamba_heads", "attention_heads")
-TOYS = ("ffn", "mamba_heads", "attention_heads")
+TOYS = ("ffn", "mamba_heads")
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +28,7 @@ def test_half_of_the_axis_is_useless_and_nothing_else_is(found: dict[str, Any], 
     wanted = str(found[toy]["runs"][0]["wanted"])
     # fp64: what is cut adds exactly zero, only sums are shorter.
     assert abs(losses.pop(wanted)) < 1e-12
-    assert len(losses) >= 5
+    assert len(losses) >= 3
     assert min(losses.values()) > 1e-3
 
 
@@ -37,12 +37,18 @@ def test_half_of_the_axis_is_useless_and_nothing_else_is(found: dict[str, Any], 
 def test_the_useless_half_is_cut_first(found: dict[str, Any], toy: str, seed: int) -> None:
     run = found[toy]["runs"][seed]
     assert run["decided"] == run["wanted"], run
-    assert run["cost"] == pytest.approx(1.0, abs=0.05)
+    assert min(run["certainty"].values()) > 0.9
 
 
 @pytest.mark.parametrize("toy", TOYS)
-def test_the_router_learnt_it(found: dict[str, Any], toy: str) -> None:
-    assert any(run["before"] != run["wanted"] for run in found[toy]["runs"])
+def test_it_was_learnt_from_the_kd_loss(found: dict[str, Any], toy: str) -> None:
+    for runs, when in (("runs", "before"), ("blind", "decided")):
+        assert any(run[when] != run["wanted"] for run in found[toy][runs]), f"{runs}, {when}"
+
+
+def test_the_router_alone_comes_to_the_target(found: dict[str, Any]) -> None:
+    # A fifth of the parameters: the penalty is strong enough to matter before the choices are frozen.
+    assert [run["cost"] for run in found["ffn"]["runs"]] == pytest.approx([1.0] * 3, abs=0.02)
 
 
 @pytest.mark.parametrize("axis", AXES)

@@ -46,11 +46,12 @@ def prepare(folder: Path, **elastic: Any) -> None:
     build_corpus(folder / "corpus", text=ROOT / "megatron_elastic", vocab_size=VOCABULARY, validation_fraction=0.2)
     generator = torch.Generator().manual_seed(1)
     weights = {}
-    for name, dimensions in Layout(SHAPE, 4).parameters().items():
+    layout = Layout(SHAPE, 4)
+    for name, dimensions in layout.parameters().items():
         size = [dimension.size for dimension in dimensions]
         positive = any(part in name for part in ("norm", "A_log", "dt_bias", "mixer.D"))
         weights[name] = torch.ones(size) if positive else torch.randn(size, generator=generator) * 0.05
-    small_parent.write(folder / "sorted", weights)
+    small_parent.write(folder / "sorted", weights, layout=layout)
     write_recipe(folder, **elastic)
 
 

@@ -36,13 +36,16 @@ def weights() -> dict[str, Tensor]:
     return found
 
 
-def write(folder: Path, tensors: dict[str, Tensor], *, metadata: Metadata | None = None) -> Path:
+def write(
+    folder: Path, tensors: dict[str, Tensor], *, metadata: Metadata | None = None, layout: Layout = LAYOUT
+) -> Path:
     """A checkpoint as Megatron writes it, with the arguments of a run."""
     args = Namespace(hidden_size=SHAPE.hidden, consumed_train_samples=640, iteration=20, num_layers=3, lr=0.1)
+    dimensions = layout.parameters()
     lazy = {
         name: LazyTensor(
             tuple(tensor.shape), tensor.dtype, lambda tensor=tensor: tensor,
-            stored_parts(name, LAYOUT.parameters()[name][0]) if name in LAYOUT.parameters() else (),
+            stored_parts(name, dimensions[name][0]) if name in dimensions else (),
         )
         for name, tensor in tensors.items()
     }  # fmt: skip
