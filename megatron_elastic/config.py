@@ -278,13 +278,14 @@ def _single(elastic: Mapping[str, Any], faults: list[str]) -> dict[str, Any]:
     return {**found, "temperature": temperature, "save_interval": interval}
 
 
-def _router(elastic: Mapping[str, Any], stages: Sequence[Stage], faults: list[str]) -> RouterConfig | None:
+def _router(elastic: Mapping[str, Any], stages: Sequence[Stage] | None, faults: list[str]) -> RouterConfig | None:
+    """The router's settings; `stages` is None where they are at fault and cannot be compared with."""
     if "selections" in elastic:
         if "router" in elastic:
             faults.append("elastic.router: with elastic.selections no router is built; remove one of the two")
         return None
     router = section(RouterConfig, elastic.get("router", {}), "elastic.router", faults)
-    if router is not None and router.iterations > sum(stage.iterations for stage in stages):
+    if router is not None and stages is not None and router.iterations > sum(stage.iterations for stage in stages):
         faults.append(f"elastic.router.iterations: {router.iterations} exceeds the stages' iterations")
     return router
 
@@ -329,8 +330,9 @@ def parse_recipe(raw: Any, *, world_size: int | None = None, source: str = "reci
     if world_size is not None and world_size % ranks:
         faults.append(f"megatron: TP x PP = {ranks} does not divide the {world_size} rank(s) of this run")
     budgets = _budgets(elastic, faults)
+    before = len(faults)
     stages = _stages(elastic.get("stages"), len(budgets), max(1, (world_size or ranks) // ranks), faults)
-    router = _router(elastic, stages, faults)
+    router = _router(elastic, stages if len(faults) == before else None, faults)
     family = _family(elastic, shape, tp, budgets, faults)
     selections: tuple[Selection, ...] = ()
     if family is not None and "selections" in elastic:

@@ -72,11 +72,11 @@ def fused(model: Any, **how: Any) -> Outcome:
     return {"loss": loss.detach(), "grads": whole_gradients(model, LAYOUT)}
 
 
-def extracted(selection: Selection, teacher_logits: Tensor) -> Outcome:
+def extracted(selection: Selection, teacher_logits: Tensor, weights: dict[str, Tensor] | None = None) -> Outcome:
     """A stock model of the submodel's shape with the kept weights; gradients in their place in the parent's."""
     shape = kit.SHAPE.resized(selection.as_dict())
     small = Layout(shape, 8)
-    weights = kit.full_weights(LAYOUT)
+    weights = kit.full_weights(LAYOUT) if weights is None else weights
     model = kit.stock_model(shape)
     share = parallel_state.get_tensor_model_parallel_world_size()
     if share == 1:  # equality 4: the formula is the built object's size
@@ -202,6 +202,18 @@ def _plain_prefix_of_heads(model: Any) -> Callable[[], None]:
     return lambda: plan.segments.__setitem__("mixer.A_log", right)
 
 
+def _extracted_in_another_order() -> float:
+    """The cut takes other neurons of one layer's first linear than the family runs."""
+    kit.layout_of_ranks()
+    model = kit.elastic_model()
+    target = teacher_logits_of(model)
+    selection = chosen_selections()["smallest"]
+    weights = kit.full_weights(LAYOUT)
+    name = "decoder.layers.1.mlp.linear_fc1.weight"
+    wrong = extracted(selection, target, {**weights, name: weights[name].flip(0)})
+    return distance(wrong, outcome(model, LAYOUT, target, selection=selection))
+
+
 def faults() -> dict[str, float]:
     """Error that each inserted fault makes."""
     sliced: Callable[[Selection], dict[str, Any]] = lambda s: {"selection": s}  # noqa: E731
@@ -213,6 +225,7 @@ def faults() -> dict[str, float]:
         "FFN": _with_fault(lambda m: _other_columns(m, "mlp.linear_fc1.weight"), sliced),
         "QKV": _with_fault(lambda m: _other_columns(m, "self_attention.linear_qkv.weight"), sliced),
         "SSM groups": _with_fault(_plain_prefix_of_heads, sliced),
+        "extraction": _extracted_in_another_order(),
         "none": _with_fault(lambda m: lambda: None, sliced),
     }
 

@@ -120,26 +120,45 @@ def joint(mode: str, tp: int, pp: int, **config: Any) -> dict[str, Any]:
     )
     wrapped.zero_grad_buffer()
     global_vars._GLOBAL_ARGS = Namespace(curr_iteration=STEP)
+    reduced = run_schedule(step, wrapped)
+    found: dict[str, Any] = {"grads": gathered(model)}
+    if trainer is not None:
+        step._after_step(torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1))
+        found["router"] = {n: p.grad for n, p in trainer.router.named_parameters() if p.grad is not None}
+    if reduced:  # the last stage
+        found["losses"] = per_budget(step, reduced)
+    # Evaluation goes through the same roles; the teacher is in no mode of the student's.
+    wrapped.train()
+    assert not model.teachers[0].training
+    wrapped.eval()
+    with torch.no_grad():
+        judged = run_schedule(step, wrapped, forward_only=True)
+    if judged and mode == "sliced":
+        found["evaluated"] = per_budget(step, judged)
+    return found
+
+
+def run_schedule(step: JointStep, wrapped: Any, *, forward_only: bool = False) -> list[dict[str, Tensor]]:
+    """All microbatches through core's schedule; what the last stage reports of each."""
     batches = roles(2)
-    reduced = get_forward_backward_func()(
+    reported: list[dict[str, Tensor]] = get_forward_backward_func()(
         forward_step_func=step,
         data_iterator=iter(batches),
         model=wrapped,
         num_microbatches=len(batches),
         seq_length=24,
         micro_batch_size=2,
-        forward_only=False,
+        forward_only=forward_only,
     )
-    found: dict[str, Any] = {"grads": gathered(model)}
-    if trainer is not None:
-        step._after_step(torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1))
-        found["router"] = {n: p.grad for n, p in trainer.router.named_parameters() if p.grad is not None}
-    keys = [sorted(entry) for entry in reduced]
-    if keys:  # the last stage
-        assert all(entry == keys[0] for entry in keys), "every microbatch returns the same keys"
-        sums = {key: torch.stack([entry[key] for entry in reduced]).double().sum(0) for key in keys[0]}
-        found["losses"] = torch.stack([sums[name][0] / sums[name][1] for name in step.names])
-    return found
+    return reported
+
+
+def per_budget(step: JointStep, reported: list[dict[str, Tensor]]) -> Tensor:
+    """Mean loss of each budget, from metrics that have the same keys in every microbatch."""
+    keys = [sorted(entry) for entry in reported]
+    assert all(entry == keys[0] for entry in keys), "every microbatch returns the same keys"
+    sums = {key: torch.stack([entry[key] for entry in reported]).double().sum(0) for key in keys[0]}
+    return torch.stack([sums[name][0] / sums[name][1] for name in step.names])
 
 
 def compare(got: dict[str, Any], want: dict[str, Any]) -> dict[str, float]:
@@ -147,8 +166,8 @@ def compare(got: dict[str, Any], want: dict[str, Any]) -> dict[str, float]:
     errors = {"grads": kit.worst(got["grads"], want["grads"])}
     if "router" in got:
         errors["router"] = kit.worst(got["router"], want["router"])
-    if "losses" in got:
-        errors["losses"] = float(((got["losses"] - want["losses"]).abs() / want["losses"].abs()).max())
+    for name in {"losses", "evaluated"} & set(got):
+        errors[name] = float(((got[name] - want["losses"]).abs() / want["losses"].abs()).max())
     return errors
 
 

@@ -9,7 +9,7 @@ from tests.distributed.launch import run_ranks
 
 # fp64, forward and gradients: sums of some hundred terms in another order. The inserted faults are 1e12 times as large.
 TOLERANCE = 1e-11
-FAULTS = ("gated norm", "residual stream", "final norm", "LM head", "FFN", "QKV", "SSM groups")
+FAULTS = ("gated norm", "residual stream", "final norm", "LM head", "FFN", "QKV", "SSM groups", "extraction")
 
 
 @pytest.fixture(scope="module")

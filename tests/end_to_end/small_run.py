@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 import yaml
-from tests.unit import small_parent
 
 from megatron_elastic.corpus import build_corpus
 from megatron_elastic.layout import Layout, ModelShape
+from tests.unit import small_parent
 
 ROOT = Path(__file__).resolve().parents[2]
 VOCABULARY = 512
@@ -21,7 +21,8 @@ MEGATRON: dict[str, Any] = {
     "mamba-num-groups": 2, "mamba-state-dim": 8, "vocab-size": VOCABULARY, "tokenizer-type": "HuggingFaceTokenizer",
     "tokenizer-model": "corpus/tokenizer", "squared-relu": True, "normalization": "RMSNorm",
     "position-embedding-type": "none", "untie-embeddings-and-output-weights": True, "disable-bias-linear": True,
-    "hidden-dropout": 0.0, "attention-dropout": 0.0, "calculate-per-token-loss": True, "pipeline-model-parallel-size": 2,
+    "hidden-dropout": 0.0, "attention-dropout": 0.0, "calculate-per-token-loss": True,
+    "pipeline-model-parallel-size": 2,
     "lr": 1e-3, "min-lr": 1e-4, "lr-decay-style": "cosine", "clip-grad": 1.0, "log-interval": 1, "seed": 5,
     "wandb-project": "elastic-test", "wandb-exp-name": "small", "wandb-save-dir": "wandb-logs",
 }  # fmt: skip

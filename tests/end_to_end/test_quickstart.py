@@ -144,8 +144,8 @@ def test_one_more_data_set(done: tuple[Path, list[str], int], tmp_path: Path) ->
     (tmp_path / "text").mkdir()
     (tmp_path / "text" / "a.txt").write_text("A text of my own. " * 200)
     made = elastic(
-        "corpus", "--text", tmp_path / "text", "--tokenizer", done[0] / "corpus" / "tokenizer", "--out", tmp_path / "mine",
-        cwd=tmp_path,
+        "corpus", "--text", tmp_path / "text", "--tokenizer", done[0] / "corpus" / "tokenizer",
+        "--out", tmp_path / "mine", cwd=tmp_path,
     )  # fmt: skip
     assert made.returncode == 0, made.stderr
     assert (tmp_path / "mine.bin").stat().st_size > 0

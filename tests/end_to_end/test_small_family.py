@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.end_to_end import small_run
 
 from megatron_elastic.checkpoint import find_checkpoint, read_metadata, read_tensor, tensor_names
+from tests.end_to_end import small_run
 
 ROUTER = {"iterations": 4, "warmup": 1, "tolerance": 0.06}
 SELECTIONS = {"whole": {}, "half": {"hidden": 20, "ffn": 48, "mamba_heads": 4, "attention_heads": 2}}
