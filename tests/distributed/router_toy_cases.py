@@ -26,7 +26,7 @@ CHOICES = {
 }
 TOLERANCE = 0.03
 SEEDS = (1, 2, 3)
-STEPS = 60
+STEPS = 80
 TOYS = ("ffn", "mamba_heads")
 HALVED = {axis: Selection.from_dict({**SHAPE.full, axis: SHAPE.full[axis] // 2}) for axis in TOYS}
 
