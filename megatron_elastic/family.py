@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
-from megatron_elastic.axes import AXES, BlockOrder, Segments, layer_kinds
+from megatron_elastic.axes import AXES, BlockOrder, Segments
 from megatron_elastic.budget import Budget, Selection
 from megatron_elastic.layout import Layout, ModelShape
 
@@ -81,8 +81,3 @@ class SlicePlans:
             segments[short] = tuple(ranges)
         sizes = {axis: kept[axis] if axis == "hidden" else kept[axis] // self.tp_size for axis in AXES}
         return SlicePlan(**sizes, segments=segments)
-
-
-def kinds_of(shape: ModelShape) -> str:
-    """One symbol per layer."""
-    return layer_kinds(shape.pattern)

@@ -1,14 +1,13 @@
 """What a checkpoint says about itself: the family's (or the submodel's) description, stored inside it as one tensor."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from megatron_elastic.axes import AXES
 from megatron_elastic.budget import Budget, Selection
 from megatron_elastic.errors import CheckpointError
 from megatron_elastic.layout import ModelShape
@@ -110,8 +109,3 @@ class Metadata:
             if mine != theirs:
                 found.append(f"{name}: the recipe has {mine}, the checkpoint {theirs}")
         return found
-
-
-def axis_choices(choices: Mapping[str, Sequence[int]]) -> dict[str, tuple[int, ...]]:
-    """Choices of every axis, in the order of `AXES`, as tuples."""
-    return {axis: tuple(choices[axis]) for axis in AXES}

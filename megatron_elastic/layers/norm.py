@@ -1,6 +1,5 @@
 """Norms that see the effective width of what they normalise."""
 
-import torch
 from torch import Tensor
 
 from megatron_elastic.axes import Segments
@@ -47,8 +46,3 @@ class ElasticGatedNorm(GatedNorm):
         """
         weight: Tensor = self.weight if segments is None else sliced_parameter(self.weight, *segments)
         return gated_rms_norm(y, z, weight, self.groups, self.eps, mask)
-
-
-def effective_width(mask: Tensor) -> Tensor:
-    """Sum of a mask (0-dim)."""
-    return torch.sum(mask)

@@ -5,7 +5,7 @@ from hypothesis import given, settings
 
 from megatron_elastic.axes import AXES
 from megatron_elastic.budget import Selection
-from megatron_elastic.family import SlicePlans, kinds_of
+from megatron_elastic.family import SlicePlans
 from tests.unit.small_family import FAMILY, SHAPE, selections
 
 SMALL = Selection(8, 16, 8, 4)
@@ -58,4 +58,3 @@ def test_a_family_speaks_for_its_shape() -> None:
     assert FAMILY.orders is FAMILY.layout.orders
     assert FAMILY.layout is FAMILY.layout
     assert set(FAMILY.orders) == set(AXES)
-    assert kinds_of(SHAPE) == SHAPE.pattern

@@ -8,7 +8,7 @@ import torch
 
 from megatron_elastic.budget import Budget, Selection
 from megatron_elastic.errors import CheckpointError
-from megatron_elastic.metadata import CAPACITY, SCHEMA, Metadata, axis_choices
+from megatron_elastic.metadata import CAPACITY, SCHEMA, Metadata
 from tests.unit.small_family import FAMILY, SHAPE
 
 DECIDED = Metadata(
@@ -107,8 +107,3 @@ def test_what_makes_another_family_is_named(name: str, value: object) -> None:
 def test_everything_that_differs_is_listed() -> None:
     other = dataclasses.replace(DECIDED, kind="sorted", ffn_blocks=4, budgets=())
     assert [text.split(":")[0] for text in DECIDED.same_family(other)] == ["kind", "ffn_blocks", "budgets"]
-
-
-def test_choices_are_tuples_in_the_axes_order() -> None:
-    made = axis_choices({axis: list(sizes) for axis, sizes in reversed(FAMILY.choices.items())})
-    assert list(made.items()) == list(FAMILY.choices.items())

@@ -79,3 +79,9 @@ def test_the_strict_list_names_modules_that_are_there() -> None:
 def test_the_init_holds_a_docstring_and_a_version_only() -> None:
     tree = ast.parse((ROOT / "megatron_elastic" / "__init__.py").read_text("utf-8"))
     assert [type(node) for node in tree.body] == [ast.Expr, ast.Assign]
+
+
+def test_the_readme_counts_the_gpu_tests_that_never_ran() -> None:
+    files = sorted((ROOT / "tests" / "gpu").glob("test_*.py"))
+    count = sum(len(re.findall(r"^def test_", path.read_text("utf-8"), flags=re.MULTILINE)) for path in files)
+    assert f"{count} of them, and none has ever run" in (ROOT / "README.md").read_text("utf-8")
