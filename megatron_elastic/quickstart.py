@@ -38,7 +38,7 @@ SCORES = Path("scores.pt")
 BASELINES = Path("baselines")
 EVALUATIONS = Path("evaluations")
 MINIMUM_VALIDATION_TOKENS = 50_000
-EVALUATED_TOKENS = 65_536
+EVALUATED_TOKENS = 51_200
 """Validation tokens that every loss of the report is measured on, where the corpus has as many."""
 
 PLACES = {"parent": "sorted", "save": "family", "train_data": "corpus/train", "validation_data": "corpus/validation"}

@@ -47,7 +47,7 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str], int
     out = tmp_path_factory.mktemp("quickstart") / "out"
     first = quickstart(out)
     for line in lines_of(first):
-        if "elastic | stage 1 | iteration 20" in line:
+        if "elastic | stage 1 | iteration 30" in line:
             os.killpg(first.pid, signal.SIGINT)
     status = first.wait(timeout=120)
     second = quickstart(out)
