@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron_elastic.checkpoint import TRACKER, find_checkpoint
+from megatron_elastic.checkpoint import TRACKER, find_checkpoint, parameters, read_metadata
 from megatron_elastic.cli.launch import gpu_count
 from megatron_elastic.config import Recipe
 from megatron_elastic.errors import CheckpointError, CorpusError
@@ -73,9 +73,26 @@ def check_data(recipe: Recipe) -> None:
 
 
 def check_parent(recipe: Recipe) -> None:
-    """Refuses a recipe whose parent is not there.
+    """Refuses a recipe whose parent is not there, or is another model than the recipe describes.
 
     Raises:
-        CheckpointError: no checkpoint where the recipe says.
+        CheckpointError: no checkpoint where the recipe says, other parameters, or another block order.
     """
-    find_checkpoint(recipe.parent)
+    path = find_checkpoint(recipe.parent)
+    dimensions = recipe.family.layout.parameters()
+    wanted = {name: tuple(dimension.size for dimension in sizes) for name, sizes in dimensions.items()}
+    found = {name: info.shape for name, info in parameters(path).items() if not name.startswith("elastic.")}
+    faults = [f"{name} missing" for name in sorted(set(wanted) - set(found))]
+    faults += [f"{name} is no part of it" for name in sorted(set(found) - set(wanted))]
+    faults += [
+        f"{name} is {found[name]}, the recipe's {wanted[name]}"
+        for name in sorted(set(wanted) & set(found))
+        if found[name] != wanted[name]
+    ]
+    described = read_metadata(path)
+    if described is not None and described.ffn_blocks != recipe.family.ffn_blocks:
+        blocks = f"{described.ffn_blocks} ffn blocks, the recipe has {recipe.family.ffn_blocks}"
+        faults.append(f"it is sorted into {blocks}: sort the parent again")
+    if faults:
+        more = f" and {len(faults) - 4} more" if len(faults) > 4 else ""
+        raise CheckpointError(f"{path}: not the parent that the recipe describes: {'; '.join(faults[:4])}{more}")

@@ -1,0 +1,56 @@
+"""What is refused before any process is started."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+from tests.unit import small_parent
+
+from megatron_elastic.budget import Budget
+from megatron_elastic.cli import position
+from megatron_elastic.config import Recipe, load_recipe
+from megatron_elastic.errors import CheckpointError
+from megatron_elastic.family import Family
+from megatron_elastic.metadata import Metadata
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+def recipe(parent: Path, *, ffn: int = small_parent.SHAPE.ffn, blocks: int = small_parent.BLOCKS) -> Recipe:
+    """The quickstart's recipe for the small parent."""
+    shape = dataclasses.replace(small_parent.SHAPE, ffn=ffn)
+    family = Family(
+        shape=shape,
+        ffn_blocks=blocks,
+        choices={axis: (size,) for axis, size in shape.full.items()},
+        budgets=(Budget("p100", 1.0),),
+    )
+    return dataclasses.replace(load_recipe(ROOT / "recipes" / "quickstart.yaml"), parent=str(parent), family=family)
+
+
+def metadata() -> Metadata:
+    return Metadata(kind="sorted", shape=small_parent.SHAPE, ffn_blocks=small_parent.BLOCKS, flags=small_parent.FLAGS)
+
+
+def test_the_described_parent_passes(tmp_path: Path) -> None:
+    small_parent.write(tmp_path / "stock", small_parent.weights())
+    small_parent.write(tmp_path / "sorted", small_parent.weights(), metadata=metadata())
+    position.check_parent(recipe(tmp_path / "stock"))
+    position.check_parent(recipe(tmp_path / "sorted"))
+
+
+def test_another_parent_is_refused_with_what_differs(tmp_path: Path) -> None:
+    small_parent.write(tmp_path / "stock", small_parent.weights())
+    with pytest.raises(CheckpointError, match=r"linear_fc1.weight is \(16, 12\), the recipe's \(32, 12\)"):
+        position.check_parent(recipe(tmp_path / "stock", ffn=32))
+
+
+def test_another_block_order_is_refused(tmp_path: Path) -> None:
+    small_parent.write(tmp_path / "sorted", small_parent.weights(), metadata=metadata())
+    with pytest.raises(CheckpointError, match="sorted into 4 ffn blocks, the recipe has 8"):
+        position.check_parent(recipe(tmp_path / "sorted", blocks=8))
+
+
+def test_no_parent_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="nowhere"):
+        position.check_parent(recipe(tmp_path / "nowhere"))
