@@ -4,7 +4,6 @@ import dataclasses
 from pathlib import Path
 
 import pytest
-from tests.unit import small_parent
 
 from megatron_elastic.budget import Budget
 from megatron_elastic.cli import position
@@ -12,6 +11,7 @@ from megatron_elastic.config import Recipe, load_recipe
 from megatron_elastic.errors import CheckpointError
 from megatron_elastic.family import Family
 from megatron_elastic.metadata import Metadata
+from tests.unit import small_parent
 
 ROOT = Path(__file__).resolve().parents[3]
 
