@@ -19,7 +19,7 @@ def _free_port() -> int:
         return port
 
 
-def run_ranks(script: str | Path, nproc: int, *args: object, timeout: float = 180) -> str:
+def run_ranks(script: str | Path, nproc: int, *args: object, timeout: float = 900) -> str:
     """Runs `script` under torchrun on `nproc` ranks without a GPU, and fails the test with the end of its output.
 
     Args:

@@ -32,7 +32,7 @@ def make_inputs():
 def check_rank(rank, store_path):
     torch.set_num_threads(1)
     store = dist.FileStore(store_path, WORLD)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=WORLD, timeout=timedelta(seconds=60))
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=WORLD, timeout=timedelta(seconds=600))
     hidden, weight, teacher_hidden, teacher_weight, weights, labels = make_inputs()
     hidden.requires_grad_()
     weight.requires_grad_()

@@ -68,5 +68,5 @@ def train(folder: Path) -> subprocess.CompletedProcess[str]:
         environment.pop(name, None)
     command = [sys.executable, "-m", "megatron_elastic", "train", "recipe.yaml", "--ranks", "2"]
     return subprocess.run(
-        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=400, check=False
+        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=1500, check=False
     )

@@ -63,7 +63,7 @@ print("same")
 def test_replaces_exactly_the_listed_names():
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
     run = subprocess.run(
-        [sys.executable, "-c", SNAPSHOT], capture_output=True, text=True, timeout=180, cwd=ROOT, env=environment
+        [sys.executable, "-c", SNAPSHOT], capture_output=True, text=True, timeout=900, cwd=ROOT, env=environment
     )
     assert run.returncode == 0, run.stderr[-3000:]
     assert run.stdout.splitlines()[-1] == "same"
@@ -86,4 +86,4 @@ import sys
 import megatron_elastic.cpu.adaptation, megatron_elastic.megatron_compat, megatron_elastic.checkpoint
 sys.exit(any(name.startswith("megatron.") for name in sys.modules))
 """
-    assert subprocess.run([sys.executable, "-c", script], timeout=60, cwd=ROOT).returncode == 0
+    assert subprocess.run([sys.executable, "-c", script], timeout=600, cwd=ROOT).returncode == 0
