@@ -17,6 +17,7 @@ from megatron_elastic.cost_model import parameters, selections
 from megatron_elastic.layers import norm as norm_layers
 from megatron_elastic.layout import Layout
 from megatron_elastic.masks import one_hot
+from megatron_elastic.sorting import permuted, random_orders
 
 LAYOUT = kit.FAMILY.layout
 CHOICES = kit.FAMILY.choices
@@ -114,6 +115,27 @@ def soft(selection: Selection) -> dict[str, Any]:
     return {"probabilities": one_hot(selection, CHOICES, torch.float64)}
 
 
+def sorting(model: Any, teacher_logits: Tensor) -> dict[str, float]:
+    """Equality 3: a parent in another order gives the same logits, and the same gradients in that order."""
+    orders = random_orders(LAYOUT, 5)
+    dimensions = LAYOUT.parameters()
+
+    def moved(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {name: permuted(value, dimensions[name], orders.of(name)) for name, value in tensors.items()}
+
+    weights = kit.full_weights(LAYOUT)
+    before = outcome(model, LAYOUT, teacher_logits)
+    before["grads"] = moved(before["grads"])
+    kit.set_weights(model, LAYOUT, moved(weights))
+    after = outcome(model, LAYOUT, teacher_logits)
+    # The negative: one weight left in the parent's order.
+    name = "decoder.layers.0.mixer.out_proj.weight"
+    kit.set_weights(model, LAYOUT, {**moved(weights), name: weights[name]})
+    wrong = outcome(model, LAYOUT, teacher_logits)
+    kit.set_weights(model, LAYOUT, weights)
+    return {"sorted": distance(after, before), "sorted_but_one": distance(wrong, before)}
+
+
 def equalities(tp: int) -> dict[str, float]:
     """Errors of equalities 1 and 2 on a layout."""
     kit.layout_of_ranks(tp)
@@ -125,6 +147,7 @@ def equalities(tp: int) -> dict[str, float]:
     plain = outcome(stock, LAYOUT, target)
     for path, how in {"plain": {}, "sliced": {"selection": kit.FAMILY.full}, "masked": soft(kit.FAMILY.full)}.items():
         found[f"full/{path}"] = distance(outcome(model, LAYOUT, target, **how), plain)
+    found.update(sorting(model, target))
     previous: Outcome | None = None
     for name, selection in chosen_selections().items():
         masked = outcome(model, LAYOUT, target, **soft(selection))

@@ -1,4 +1,4 @@
-"""Equalities 1, 2 and 4: the parent, masked, sliced and extracted submodels are one model by different code paths."""
+"""Equalities 1 to 4: the parent, masked, sliced and extracted submodels are one model by different code paths."""
 
 import json
 from pathlib import Path
@@ -33,6 +33,12 @@ def test_paths_agree(errors: dict[str, dict[str, float]], layout: str, pair: str
     cases = {key: value for key, value in errors[layout].items() if key.endswith(pair)}
     assert len(cases) == 10  # four axes alone, all at their smallest, five random combinations
     assert max(cases.values()) < TOLERANCE, cases
+
+
+@pytest.mark.parametrize("layout", ["tp1", "tp2"])
+def test_sorting_changes_nothing(errors: dict[str, dict[str, float]], layout: str) -> None:
+    assert errors[layout]["sorted"] < TOLERANCE
+    assert errors[layout]["sorted_but_one"] > 1e-2
 
 
 @pytest.mark.parametrize("layout", ["tp1", "tp2"])

@@ -33,3 +33,7 @@ def test_equals_the_plain_loop(errors: dict[str, dict[str, float]], layout: str,
 @pytest.mark.parametrize("mode", ["soft", "sliced"])
 def test_other_selections_give_other_gradients(errors: dict[str, dict[str, float]], mode: str) -> None:
     assert errors[f"other/{mode}"]["grads"] > 1e-2
+
+
+def test_recompute_with_a_selection_left_on_the_module_would_show(errors: dict[str, dict[str, float]]) -> None:
+    assert errors["ambient/soft"]["grads"] > 1e-2
