@@ -132,7 +132,8 @@ def set_weights(model: torch.nn.Module, layout: Layout, weights: Mapping[str, Te
 
 
 def elastic_model(
-    *, dtype: torch.dtype = torch.float64, teacher_jitter: float = 0.05, family: Family = FAMILY, **other: Any
+    *, dtype: torch.dtype = torch.float64, teacher_jitter: float = 0.05, family: Family = FAMILY,
+    positions: str = "none", **other: Any,
 ) -> ElasticHybridModel:
     """The family's model on this rank with a frozen teacher that differs a little (equal ones would hide faults)."""
     settings = ElasticModelConfig(
@@ -140,6 +141,7 @@ def elastic_model(
         vocab_size=family.shape.vocab,
         hybrid_layer_pattern=split_pattern(family.shape.pattern),
         seq_length=64,
+        position_embedding_type=positions,
         family=family,
     )
     builder = ElasticModelBuilder(settings)
@@ -161,7 +163,9 @@ def keep_fp64(model: torch.nn.Module, dtype: torch.dtype) -> None:
         model.double()
 
 
-def stock_model(shape: ModelShape, *, dtype: torch.dtype = torch.float64, **other: Any) -> HybridModel:
+def stock_model(
+    shape: ModelShape, *, dtype: torch.dtype = torch.float64, positions: str = "none", **other: Any
+) -> HybridModel:
     """Core's own `HybridModel` of a shape, with core's layers."""
     model = HybridModel(
         config=config(shape, dtype=dtype, **other),
@@ -172,6 +176,7 @@ def stock_model(shape: ModelShape, *, dtype: torch.dtype = torch.float64, **othe
         pre_process=parallel_state.is_pipeline_first_stage(),
         post_process=parallel_state.is_pipeline_last_stage(),
         parallel_output=True,
+        position_embedding_type=positions,
     )
     keep_fp64(model, dtype)
     return model

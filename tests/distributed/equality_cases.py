@@ -73,12 +73,14 @@ def fused(model: Any, **how: Any) -> Outcome:
     return {"loss": loss.detach(), "grads": whole_gradients(model, LAYOUT)}
 
 
-def extracted(selection: Selection, teacher_logits: Tensor, weights: dict[str, Tensor] | None = None) -> Outcome:
+def extracted(
+    selection: Selection, teacher_logits: Tensor, weights: dict[str, Tensor] | None = None, positions: str = "none"
+) -> Outcome:
     """A stock model of the submodel's shape with the kept weights; gradients in their place in the parent's."""
     shape = kit.SHAPE.resized(selection.as_dict())
     small = Layout(shape, 8)
     weights = kit.full_weights(LAYOUT) if weights is None else weights
-    model = kit.stock_model(shape)
+    model = kit.stock_model(shape, positions=positions)
     share = parallel_state.get_tensor_model_parallel_world_size()
     if share == 1:  # equality 4: the formula is the built object's size
         assert sum(p.numel() for p in model.parameters()) == parameters(kit.SHAPE, selection.as_dict())
@@ -160,6 +162,19 @@ def equalities(tp: int) -> dict[str, float]:
             found[f"{name}/differs"] = float((sliced["logits"] - previous["logits"]).abs().max())
         previous = sliced
     return found
+
+
+def rotary() -> dict[str, float]:
+    """The same paths on a parent with rotary position embeddings."""
+    kit.layout_of_ranks()
+    model, plain = kit.elastic_model(positions="rope"), kit.elastic_model()
+    target, selection = teacher_logits_of(model), chosen_selections()["smallest"]
+    sliced = outcome(model, LAYOUT, target, selection=selection)
+    return {
+        "masked_sliced": distance(outcome(model, LAYOUT, target, **soft(selection)), sliced),
+        "extracted_sliced": distance(extracted(selection, target, positions="rope"), sliced),
+        "without_positions": distance(outcome(plain, LAYOUT, target, selection=selection), sliced),
+    }
 
 
 def _with_fault(break_it: Callable[[Any], Callable[[], None]], how: Callable[[Selection], dict[str, Any]]) -> float:
@@ -255,7 +270,7 @@ def faults() -> dict[str, float]:
 
 def run_all() -> dict[str, dict[str, float]]:
     """Case -> errors; the worst over ranks."""
-    results = {"tp1": equalities(1), "tp2": equalities(2), "faults": faults()}
+    results = {"tp1": equalities(1), "tp2": equalities(2), "faults": faults(), "rope": rotary()}
     everyone: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, results)
     return {case: {k: max(one[case][k] for one in everyone) for k in errors} for case, errors in results.items()}

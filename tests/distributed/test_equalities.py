@@ -50,3 +50,10 @@ def test_selections_differ(errors: dict[str, dict[str, float]], layout: str) -> 
 def test_a_fault_in_one_path_shows(errors: dict[str, dict[str, float]], fault: str) -> None:
     assert errors["faults"][fault] > 1e-2
     assert errors["faults"]["none"] < TOLERANCE
+
+
+def test_rotary_positions(errors: dict[str, dict[str, float]]) -> None:
+    assert errors["rope"]["masked_sliced"] < TOLERANCE
+    # Core keeps the rotary table in fp32, and both paths read the same one.
+    assert errors["rope"]["extracted_sliced"] < TOLERANCE
+    assert errors["rope"]["without_positions"] > 1e-2
