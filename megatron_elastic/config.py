@@ -41,6 +41,8 @@ class Recipe:
         stages: the curriculum.
         router: its hyperparameters, None where selections are given.
         parent: checkpoint of the (sorted) parent.
+        teacher: checkpoint of the frozen teacher, of the parent's shapes and vocabulary; the parent's own by default.
+        budget_mode: `joint` (every budget on every batch) or `sampled` (one budget drawn for every microbatch).
         save: where the family is saved.
         train_data, validation_data: data prefixes.
         temperature: of the KD softmax.
@@ -53,10 +55,12 @@ class Recipe:
     stages: tuple[Stage, ...]
     router: RouterConfig | None
     parent: str
+    teacher: str
     save: str
     train_data: str
     validation_data: str
     temperature: float
+    budget_mode: str
     save_interval: int
     evaluation: Evaluation
     calibration: Calibration
@@ -64,7 +68,12 @@ class Recipe:
 
     @property
     def roles(self) -> int:
-        """Microbatches that each base microbatch becomes: the teacher and every budget."""
+        """Microbatches that each base microbatch becomes in training: the teacher, and every budget or a drawn one."""
+        return 2 if self.budget_mode == "sampled" else self.evaluation_roles
+
+    @property
+    def evaluation_roles(self) -> int:
+        """Microbatches that each base microbatch becomes in evaluation: the teacher and every budget."""
         return len(self.family.budgets) + 1
 
     def stage_of(self, iteration: int) -> int:
@@ -97,8 +106,9 @@ class Recipe:
 
 KNOWN_KEYS = (
     *("parent", "save", "train_data", "validation_data", "ffn_blocks", "axes", "budgets", "selections", "router"),
-    *("stages", "temperature", "save_interval", "evaluation", "calibration"),
+    *("stages", "temperature", "save_interval", "evaluation", "calibration", "teacher", "budget_mode"),
 )
+BUDGET_MODES = ("joint", "sampled")
 REQUIRED_KEYS = ("parent", "save", "train_data", "validation_data", "axes", "budgets", "stages")
 
 
@@ -262,20 +272,54 @@ def _model_parallel(megatron: Mapping[str, Any], faults: list[str]) -> tuple[int
     return sizes[0], sizes[0] * sizes[1]
 
 
+def _interleaving(
+    megatron: Mapping[str, Any],
+    stages: Sequence[Stage],
+    roles: Mapping[str, int],
+    data_parallel: int,
+    faults: list[str],
+) -> None:
+    """Megatron's interleaved schedule runs groups of as many microbatches as there are pipeline stages.
+
+    Args:
+        megatron: the recipe's flags; the separators in the layer pattern make the virtual stages.
+        stages: of the curriculum.
+        roles: microbatches of a base microbatch, in training and in evaluation.
+        data_parallel: data-parallel size.
+        faults: what is wrong is added here.
+    """
+    size = megatron.get("pipeline-model-parallel-size", 1)
+    segments = str(megatron.get("hybrid-layer-pattern", "")).count("|") + 1
+    if not isinstance(size, int) or size < 2 or segments <= size:
+        return
+    for number, stage in enumerate(stages):
+        base = stage.global_batch_size // max(1, stage.micro_batch_size * data_parallel)
+        for when, count in roles.items():
+            if base * count % size:
+                faults.append(
+                    f"elastic.stages[{number}].global_batch_size: {stage.global_batch_size} makes {base * count} "
+                    f"microbatches a step in {when} ({count} for each of {base} base microbatches); with virtual "
+                    f"pipeline stages they must be a multiple of pipeline-model-parallel-size {size}"
+                )
+
+
 def _single(elastic: Mapping[str, Any], faults: list[str]) -> dict[str, Any]:
     """The settings of the elastic section that stand alone."""
     found: dict[str, Any] = {}
-    for key in ("parent", "save", "train_data", "validation_data"):
-        found[key] = elastic.get(key, "")
+    for key in ("parent", "save", "train_data", "validation_data", "teacher"):
+        found[key] = elastic.get(key, elastic.get("parent", "") if key == "teacher" else "")
         if key in elastic and (not isinstance(found[key], str) or not found[key]):
             faults.append(f"elastic.{key}: {found[key]!r} must be a path")
     temperature = elastic.get("temperature", 1.0)
     if not isinstance(temperature, int | float) or isinstance(temperature, bool) or temperature <= 0:
         faults.append(f"elastic.temperature: {temperature!r} must be a number above 0")
+    mode = elastic.get("budget_mode", "joint")
+    if mode not in BUDGET_MODES:
+        faults.append(f"elastic.budget_mode: {mode!r} must be one of {list(BUDGET_MODES)}")
     interval = elastic.get("save_interval", 1000)
     if not isinstance(interval, int) or isinstance(interval, bool) or interval < 1:
         faults.append(f"elastic.save_interval: {interval!r} must be a whole number, at least 1")
-    return {**found, "temperature": temperature, "save_interval": interval}
+    return {**found, "temperature": temperature, "save_interval": interval, "budget_mode": mode}
 
 
 def _router(elastic: Mapping[str, Any], stages: Sequence[Stage] | None, faults: list[str]) -> RouterConfig | None:
@@ -331,7 +375,11 @@ def parse_recipe(raw: Any, *, world_size: int | None = None, source: str = "reci
         faults.append(f"megatron: TP x PP = {ranks} does not divide the {world_size} rank(s) of this run")
     budgets = _budgets(elastic, faults)
     before = len(faults)
-    stages = _stages(elastic.get("stages"), len(budgets), max(1, (world_size or ranks) // ranks), faults)
+    data_parallel = max(1, (world_size or ranks) // ranks)
+    stages = _stages(elastic.get("stages"), len(budgets), data_parallel, faults)
+    judged = len(budgets) + 1
+    roles = {"training": 2 if elastic.get("budget_mode") == "sampled" else judged, "evaluation": judged}
+    _interleaving(megatron, stages, roles, data_parallel, faults)
     router = _router(elastic, stages if len(faults) == before else None, faults)
     family = _family(elastic, shape, tp, budgets, faults)
     selections: tuple[Selection, ...] = ()

@@ -71,6 +71,9 @@ REFUSALS: tuple[Refusal, ...] = (
     Refusal("overlap-p2p-communication-warmup-flush", _given, "not carried by the roles' microbatch order"),
     Refusal("fp32-residual-connection", _given, "the elastic stack keeps the residual in the parameters' type"),
     Refusal("context-parallel-size", _over_one, "the elastic Mamba and attention layers split no sequence yet"),
+    Refusal("reset-attention-mask", _given, "no attention mask is built: use dataloader-inter-document-masking"),
+    Refusal("reset-position-ids", _given, "positions follow the documents: use dataloader-inter-document-masking"),
+    Refusal("sft", _given, "conversation data has another data set: give token data"),
     Refusal(
         "hidden-dropout", _not(0, 0.0), "must be 0: with dropout what trains is not what is cut (core's default is 0.1)"
     ),

@@ -1,21 +1,24 @@
 """The forward step: one microbatch in its role, the joint multi-budget KD loss, and the router's place around it."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from megatron.core.distributed import finalize_model_grads
-from megatron.core.utils import unwrap_model
+from megatron.core.utils import get_batch_on_this_cp_rank, unwrap_model
 from megatron.training import get_args
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from megatron_elastic.budget import Selection
 from megatron_elastic.config import Recipe
-from megatron_elastic.distillation.roles import budget_of
+from megatron_elastic.distillation.roles import TEACHER
 from megatron_elastic.layers.linear import TeacherTarget
+from megatron_elastic.meter import BudgetMeter
 from megatron_elastic.metrics import StepLog
 from megatron_elastic.model import ElasticHybridModel, FamilyState
+from megatron_elastic.ops.documents import documents_from_cu_seqlens
 
 
 class _ZeroLoss(torch.autograd.Function):
@@ -33,14 +36,17 @@ class _ZeroLoss(torch.autograd.Function):
 
 
 Loss = tuple[Tensor, Tensor, dict[str, Tensor]]
+SAMPLED = "kd of drawn budgets"
+"""Megatron's key in sampled mode: a key a budget would be 0 / 0 where the budget is not drawn."""
 
 
 class JointStep:
     """Megatron's `forward_step_func` for elastic distillation.
 
-    The gradient of a step is that of `sum_b w_b * mean_t KL(teacher || budget b)` plus the router's weighted penalty:
-    each student returns its summed KL times `w_b * K`, and core divides by all budgets' tokens, `K` times the base
-    tokens.
+    The gradient of a step is that of `sum_b w_b * mean_t KL(teacher || budget b)` plus the router's weighted penalty.
+    Joint: each student returns its summed KL times `w_b * K`, and core divides by all budgets' tokens, `K` times the
+    base tokens. Sampled: the budgets come as often as they weigh, each with its summed KL as it is, and the gradient is
+    that one in the mean over the draws (the penalty, which needs no text, is exact).
     """
 
     def __init__(self, recipe: Recipe, state: FamilyState, weights: Sequence[float], log: StepLog) -> None:
@@ -52,6 +58,8 @@ class JointStep:
         """
         self.recipe, self.state, self.weights, self.log = recipe, state, tuple(weights), log
         self.names = [f"kd {budget.name}" for budget in recipe.family.budgets]
+        self.sampled = recipe.budget_mode == "sampled"
+        self.meter = BudgetMeter(len(self.names))
         self._target: TeacherTarget | None = None
         self._provisional: tuple[int, tuple[Selection, ...]] = (-1, ())
         self._iteration = -1
@@ -64,10 +72,17 @@ class JointStep:
     def finalize(self, model: list[Any], num_tokens: Tensor | None = None, **kwargs: Any) -> None:
         """Core's finalize, then the router's gradient: reduced and stored, overwritten where the step is rerun."""
         finalize_model_grads(model, num_tokens, **kwargs)
-        if self.state.trainer is not None and not self.state.metadata.selections:
+        trainer, world = self.state.trainer, torch.distributed.group.WORLD
+        if trainer is not None and not self.state.metadata.selections:
             if num_tokens is None:
                 raise ValueError("calculate_per_token_loss is required: core passed no token count")
-            self.state.trainer.reduce(num_tokens, torch.distributed.group.WORLD)
+            interval = trainer.router.config.check_interval
+            if interval and self._iteration % interval == 0:
+                # Every rank is here: a collective at the start of a step would wait for stages that wait for this one.
+                trainer.check_replicas(self._iteration, world)
+            trainer.reduce(num_tokens, world)
+        if self.sampled:
+            self.meter.finish(world)
 
     def _after_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         """Runs when an optimizer has stepped: the backbone's commits the iteration, and only then the router steps."""
@@ -87,6 +102,9 @@ class JointStep:
     def _begin(self, iteration: int) -> None:
         if iteration != self._iteration:
             self._iteration = iteration
+            if self.sampled:
+                self.meter.commit()
+                self.log.sampled(iteration, self.names, self.meter)
             self.log.step(iteration, self.state)
 
     def _submodel(self, budget: int, training: bool) -> dict[str, Any]:
@@ -108,32 +126,45 @@ class JointStep:
         Returns:
             The model's output, and the function that makes (loss, tokens, metrics) of it on the last stage.
         """
-        self._begin(get_args().curr_iteration)
+        args = get_args()
+        self._begin(args.curr_iteration)
         batch = next(data_iterator)
-        role = int(batch["role"][0])  # a host tensor of the loader: no device is waited for
+        budget = int(batch["budget"][0])  # a host tensor of the loader: no device is waited for
         chunk: ElasticHybridModel = unwrap_model(model)
         device = next(chunk.parameters()).device
-        tokens, positions = (batch[key].to(device, non_blocking=True) for key in ("tokens", "position_ids"))
-        mask = batch["loss_mask"].to(device, non_blocking=True).float()
-        if role == 0:
-            hidden = model(tokens, positions, run_teacher=True)
+        local = {key: batch[key].to(device, non_blocking=True) for key in ("tokens", "position_ids", "loss_mask")}
+        documents = None
+        if "cu_seqlens" in batch:
+            documents = documents_from_cu_seqlens(batch["cu_seqlens"].to(device, non_blocking=True), args.seq_length)
+        # Zigzag slices of whole sequences, whatever documents are in them: documents are masked by number.
+        local = get_batch_on_this_cp_rank(
+            local, is_hybrid_cp=False, cp_group=chunk.pg_collection.cp, use_per_sequence_balancing=True
+        )
+        training = chunk.training
+        tokens, positions, mask = local["tokens"], local["position_ids"], local["loss_mask"].float()
+        if budget == TEACHER:
+            hidden = model(tokens, positions, run_teacher=True, documents=documents)
             if chunk.post_process:
                 self._target = chunk.teacher_target(hidden)
-            return hidden, self._teacher_loss
-        budget = budget_of(role, len(self.names))
+            return hidden, partial(self._teacher_loss, training=training)
         output = model(
             tokens,
             positions,
-            **self._submodel(budget, chunk.training),
+            **self._submodel(budget, training),
             teacher=self._target if chunk.post_process else None,
             loss_mask=mask,
             temperature=self.recipe.temperature,
+            documents=documents,
         )
 
         def loss(summed: Tensor) -> Loss:
             count = mask.sum()
+            measured = torch.stack([summed.detach().float().clamp(min=0.0), count])
+            if self.sampled and training:
+                self.meter.add(budget, measured)
+                return summed, count.to(torch.int), {SAMPLED: measured}
             metrics = self._metrics(summed.device)
-            metrics[self.names[budget]] = torch.stack([summed.detach().float().clamp(min=0.0), count])
+            metrics[self.names[budget]] = measured
             scaled = summed * (self.weights[budget] * len(self.names))
             return scaled, count.to(torch.int), metrics
 
@@ -143,6 +174,8 @@ class JointStep:
         """Every microbatch returns every budget's key: Megatron reads the keys of the first one only."""
         return {name: torch.zeros(2, device=device) for name in self.names}
 
-    def _teacher_loss(self, output: Tensor) -> Loss:
+    def _teacher_loss(self, output: Tensor, training: bool) -> Loss:
         zero = torch.zeros((), dtype=torch.int, device=output.device)
-        return _ZeroLoss.apply(output), zero, self._metrics(output.device)  # type: ignore[no-untyped-call]
+        sampled = {SAMPLED: torch.zeros(2, device=output.device)}
+        metrics = sampled if self.sampled and training else self._metrics(output.device)
+        return _ZeroLoss.apply(output), zero, metrics  # type: ignore[no-untyped-call]

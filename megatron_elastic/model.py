@@ -162,6 +162,7 @@ class ElasticHybridModel(HybridModel):
         labels: Tensor | None = None,
         loss_mask: Tensor | None = None,
         temperature: float = 1.0,
+        documents: Tensor | None = None,
     ) -> Tensor:
         """One microbatch in one role.
 

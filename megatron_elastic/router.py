@@ -7,6 +7,7 @@ of its *probabilities*, so every rank takes the same step and the nets stay bitw
 
 import hashlib
 import struct
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -16,6 +17,7 @@ from torch import Tensor
 from megatron_elastic.axes import AXES
 from megatron_elastic.budget import Budget, Selection
 from megatron_elastic.cost_model import parameters, selections
+from megatron_elastic.errors import ElasticError
 from megatron_elastic.layout import ModelShape
 
 
@@ -36,6 +38,7 @@ class RouterConfig:
         dead_zone: relative deviation from the target that costs nothing.
         tolerance: relative deviation from the target that a decided selection may have.
         seed: of the initial weights and of the noise.
+        check_interval: optimizer steps between two comparisons of the router over all ranks; 0 never compares.
     """
 
     iterations: int
@@ -50,6 +53,7 @@ class RouterConfig:
     dead_zone: float = 0.0
     tolerance: float = 0.02
     seed: int = 1234
+    check_interval: int = 100
 
     def progress(self, step: int) -> float:
         """Share of the router's schedule that has passed before `step`, in [0, 1]."""
@@ -249,7 +253,7 @@ class RouterTrainer:
         for budget in range(len(self.router.budgets)):
             for axis in AXES:
                 leaf = self._leaves.get(budget, {}).get(axis)
-                row = torch.zeros(width, dtype=torch.float32, device=next(self.router.parameters()).device)
+                row = next(self.router.parameters()).new_zeros(width)
                 if leaf is not None and leaf.grad is not None:
                     row[: leaf.numel()] = leaf.grad
                     leaf.grad = None
@@ -288,6 +292,39 @@ class RouterTrainer:
             settings["lr"] = self.router.config.learning_rate_at(self._step)
         self.optimizer.step()
         return True
+
+    def fingerprint(self) -> int:
+        """A number of 62 bits that tells one state of the router and its optimizer from another."""
+        digest = hashlib.blake2b(digest_size=8)
+        for name, tensor in self.tensors().items():
+            digest.update(name.encode())
+            digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+        return int.from_bytes(digest.digest(), "little") >> 2
+
+    def check_replicas(self, step: int, group: torch.distributed.ProcessGroup) -> None:
+        """Compares the router over all ranks; a collective of the group.
+
+        Args:
+            step: optimizer step, for the message.
+            group: the world.
+
+        Raises:
+            ElasticError: ranks disagree; raised on every rank.
+        """
+        ranks, mine = torch.distributed.get_world_size(group), torch.distributed.get_rank(group)
+        found = torch.zeros(ranks, dtype=torch.int64, device=next(self.router.parameters()).device)
+        found[mine] = self.fingerprint()
+        torch.distributed.all_reduce(found, group=group)
+        kinds = Counter(found.tolist())
+        if len(kinds) == 1:
+            return
+        usual = kinds.most_common(1)[0][0]
+        others = [rank for rank, value in enumerate(found.tolist()) if value != usual]
+        raise ElasticError(
+            f"step {step}: the router differs between ranks: {others} of {ranks} ranks hold another one than the rest. "
+            "It must be the same everywhere: look for a faulty device or a rank that runs other software, and start "
+            "again from the last checkpoint"
+        )
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything to save: weights and AdamW's state, by name, as live tensors."""

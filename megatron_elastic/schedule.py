@@ -34,6 +34,7 @@ def stage_flags(
     number: int,
     *,
     roles: int,
+    evaluation_roles: int,
     save: str,
     save_interval: int,
     eval_interval: int,
@@ -47,6 +48,7 @@ def stage_flags(
         stages: the whole curriculum.
         number: the stage, from 1.
         roles: microbatches each base microbatch becomes (1 for plain training).
+        evaluation_roles: the same in evaluation.
         save: checkpoint folder; loaded from when it holds a checkpoint.
         save_interval, eval_interval: optimizer steps.
         eval_iterations: global batches of base samples an evaluation.
@@ -64,6 +66,7 @@ def stage_flags(
         "max-position-embeddings": max(s.sequence_length for s in stages),
         "global-batch-size": stage.global_batch_size * roles,
         "micro-batch-size": stage.micro_batch_size,
+        "eval-global-batch-size": stage.global_batch_size * evaluation_roles,
         # The schedule runs over consumed samples: the same horizon in every stage, whatever its batch.
         "lr-decay-iters": max(1, round(total / stage.global_batch_size)),
         "lr-warmup-iters": round(warmup / stage.global_batch_size),

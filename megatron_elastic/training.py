@@ -19,7 +19,7 @@ from megatron.training.models.hybrid import HybridModelConfig
 
 from megatron_elastic.checkpoint import find_checkpoint, read_metadata
 from megatron_elastic.config import Recipe, Stage
-from megatron_elastic.distillation.roles import RoleDataset
+from megatron_elastic.distillation.roles import JointRoles, RoleDataset, Roles, SampledRoles
 from megatron_elastic.errors import CheckpointError
 from megatron_elastic.family import Family
 from megatron_elastic.forward_step import JointStep
@@ -38,7 +38,8 @@ class TextRun:
     Attributes:
         train, validation: data prefixes.
         seed: of the shuffle; every stage has its own.
-        roles: microbatches each base microbatch becomes.
+        roles: what each base microbatch becomes in training.
+        evaluation_roles: the same in evaluation.
         start: samples (all roles) that earlier stages consumed.
         samples: base samples of this stage.
     """
@@ -46,7 +47,8 @@ class TextRun:
     train: str
     validation: str
     seed: int
-    roles: int
+    roles: Roles
+    evaluation_roles: Roles
     start: int
     samples: int
 
@@ -56,7 +58,8 @@ class TextRun:
         """Megatron's data set provider; what it asks for (`sizes`) counts every role."""
         args = get_args()
         dp = parallel_state.get_data_parallel_world_size()
-        period = args.eval_iters * args.eval_global_batch_size // self.roles
+        judged = self.evaluation_roles.count
+        period = args.eval_iters * args.eval_global_batch_size // judged
         config = GPTDatasetConfig(
             random_seed=self.seed,
             sequence_length=args.seq_length,
@@ -67,8 +70,9 @@ class TextRun:
             path_to_cache=None,
             reset_position_ids=False,
             reset_attention_mask=False,
-            eod_mask_loss=False,
+            eod_mask_loss=args.eod_mask_loss,
             create_attention_mask=False,
+            inter_document_masking=args.dataloader_inter_document_masking,
             mid_level_dataset_surplus=0.005,
         )
         wanted = [self.samples, period, 0]
@@ -141,7 +145,7 @@ class _Attach:
     ) -> None:
         load_parent(model, self.recipe.parent)
         teacher = builder.build_plain(pg_collection, model.pre_process, model.post_process, vp_stage)
-        load_parent(teacher, self.recipe.parent)
+        load_parent(teacher, self.recipe.teacher)
         teacher.requires_grad_(False)
         teacher.eval()
         teacher.cuda(torch.cuda.current_device())
@@ -172,6 +176,7 @@ def train_stage(recipe: Recipe, number: int) -> None:
             recipe.stages,
             number,
             roles=recipe.roles,
+            evaluation_roles=recipe.evaluation_roles,
             save=recipe.save,
             save_interval=recipe.save_interval,
             eval_interval=recipe.evaluation.interval,
@@ -188,11 +193,14 @@ def train_stage(recipe: Recipe, number: int) -> None:
     config = hybrid_config_from_args(args, model_config_cls=ElasticModelConfig)
     config.family = recipe.family
     config.on_build = _Attach(recipe, state, step)
+    joint = JointRoles(len(recipe.family.budgets))
+    sampled = SampledRoles(stage.weights, seed=args.seed + number, micro_batch_size=stage.micro_batch_size)
     text = TextRun(
         train=recipe.train_data,
         validation=recipe.validation_data,
         seed=args.seed + number,
-        roles=recipe.roles,
+        roles=sampled if recipe.budget_mode == "sampled" else joint,
+        evaluation_roles=joint,
         start=recipe.base_samples_before(number) * recipe.roles,
         samples=stage.iterations * stage.global_batch_size,
     )
@@ -264,6 +272,7 @@ def train_plain(
             stages,
             number,
             roles=1,
+            evaluation_roles=1,
             save=save,
             save_interval=save_interval,
             eval_interval=evaluation[0],
@@ -278,7 +287,8 @@ def train_plain(
         train=train_data,
         validation=validation_data,
         seed=args.seed + number,
-        roles=1,
+        roles=JointRoles(0),
+        evaluation_roles=JointRoles(0),
         start=before,
         samples=stages[number - 1].iterations * stages[number - 1].global_batch_size,
     )

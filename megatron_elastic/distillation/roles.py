@@ -1,24 +1,89 @@
-"""Roles: every base microbatch is run by the teacher, then by each budget from narrow to full.
+"""Roles: every base microbatch is run by the teacher, then by budgets: all of them, or one that is drawn.
 
 The role is a property of the dataset index, so Megatron's own sampler, its resume and its data-parallel split work as
 they are: `MegatronPretrainingSampler` gives the data-parallel rank `r` the `r`-th micro batch of every run of
 `micro_batch_size * data_parallel_size` indices, and all indices of a run share a role.
 """
 
-from typing import Any
+import bisect
+import hashlib
+import itertools
+import struct
+from collections.abc import Sequence
+from typing import Any, Protocol
 
 import torch
 
+TEACHER = -1
+"""Stands for a budget's index in the teacher's microbatches."""
+
+
+class Roles(Protocol):
+    """What one base microbatch becomes."""
+
+    @property
+    def count(self) -> int:
+        """Microbatches that each base microbatch becomes, the teacher's included."""
+
+    def budget(self, role: int, sample: int) -> int:
+        """Budget (largest first) that runs base sample `sample` in a role, or `TEACHER`."""
+
+
+class JointRoles:
+    """The teacher, then every budget from narrow to full.
+
+    The full budget touches every parameter, and core's DDP with `overlap_grad_reduce` wants the last microbatch to.
+    """
+
+    def __init__(self, budgets: int) -> None:
+        """`budgets`: number of budgets; with 0 every base sample comes once, as in ordinary training."""
+        self.count = budgets + 1
+
+    def budget(self, role: int, sample: int) -> int:
+        """The same for every sample."""
+        return self.count - 1 - role if role else TEACHER
+
+
+class SampledRoles:
+    """The teacher, then one budget, drawn for each base microbatch by its share of the loss.
+
+    The draw is a pure function of (seed, first base sample of the microbatch): the same on every rank that runs the
+    microbatch, and whatever the number of data-parallel ranks; nothing has to be saved. Every budget reaches every
+    parameter (each keeps a part of it), so the last microbatch may be any.
+    """
+
+    count = 2
+
+    def __init__(self, weights: Sequence[float], *, seed: int, micro_batch_size: int) -> None:
+        """Args:
+        weights: share of each budget, largest budget first; they sum to 1.
+        seed: of this stage of this run.
+        micro_batch_size: base samples that are run together, and so by one budget.
+        """
+        self.seed, self.micro_batch_size = seed, micro_batch_size
+        self.thresholds = list(itertools.accumulate(weights))
+        self.last = max(index for index, weight in enumerate(weights) if weight > 0)
+
+    def budget(self, role: int, sample: int) -> int:
+        """Drawn by the microbatch that the sample belongs to."""
+        if not role:
+            return TEACHER
+        first = sample - sample % self.micro_batch_size
+        digest = hashlib.blake2b(struct.pack("<2q", self.seed, first), digest_size=8).digest()
+        drawn = int.from_bytes(digest, "little") / 2**64
+        # Weights may sum to a little less than 1.
+        return min(bisect.bisect_right(self.thresholds, drawn), self.last)
+
 
 class RoleDataset(torch.utils.data.Dataset[dict[str, Any]]):
-    """Maps an index to (base sample, role)."""
+    """Maps an index to (base sample, role); an item carries the `budget` that runs it."""
 
     def __init__(
-        self, base: Any, *, roles: int, group: int, samples: int, start: int = 0, period: int | None = None
+        self, base: Any, *, roles: Roles, group: int, samples: int, start: int = 0, period: int | None = None
     ) -> None:
         """Args:
         base: dataset of base samples (dicts of tensors).
-        roles: microbatches each base microbatch becomes: 1 (teacher) + budgets.
+        roles: what each base microbatch becomes.
         group: indices of one role in a row, micro batch size x data-parallel size.
         samples: base samples to offer after `start`.
         start: index at which the first base sample begins (what earlier curriculum stages have consumed).
@@ -33,24 +98,16 @@ class RoleDataset(torch.utils.data.Dataset[dict[str, Any]]):
         return self.base.index_split
 
     def __len__(self) -> int:
-        return self.start + self.samples * self.roles
+        return self.start + self.samples * self.roles.count
 
     def at(self, index: int) -> tuple[int, int]:
-        """Index -> (base sample, role); role 0 is the teacher, `roles - 1` the full budget."""
+        """Index -> (base sample, role); role 0 is the teacher."""
         run, inside = divmod(index - self.start, self.group)
-        sample = run // self.roles * self.group + inside
-        return (sample if self.period is None else sample % self.period), run % self.roles
+        sample = run // self.roles.count * self.group + inside
+        return (sample if self.period is None else sample % self.period), run % self.roles.count
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         if index < self.start:
             raise IndexError(f"index {index} lies before this stage's first index {self.start}")
         sample, role = self.at(index)
-        return {**self.base[sample], "role": role}
-
-
-def budget_of(role: int, budgets: int) -> int:
-    """Index of the budget (largest first) that a student's role runs: narrow first, the full budget last.
-
-    The full budget touches every parameter, and core's DDP with `overlap_grad_reduce` wants the last microbatch to.
-    """
-    return budgets - role
+        return {**self.base[sample], "budget": self.roles.budget(role, sample)}

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_elastic.distillation.roles import RoleDataset, budget_of
+from megatron_elastic.distillation.roles import TEACHER, JointRoles, RoleDataset, SampledRoles
 
 BUDGETS = 3
 ROLES = BUDGETS + 1
@@ -29,7 +29,7 @@ class Text(torch.utils.data.Dataset[dict[str, Any]]):
 
 
 def roles(group: int, samples: int = 24, **other: Any) -> RoleDataset:
-    return RoleDataset(Text(), roles=ROLES, group=group, samples=samples, **other)
+    return RoleDataset(Text(), **{"roles": JointRoles(BUDGETS), "group": group, "samples": samples, **other})
 
 
 def sampler(dataset: RoleDataset, micro: int, rank: int, world: int, consumed: int = 0) -> Iterator[list[int]]:
@@ -60,12 +60,14 @@ def test_every_base_sample_comes_once_a_role() -> None:
     assert set(seen.values()) == {1}
 
 
-def test_items_carry_their_role_beside_the_text() -> None:
+def test_items_carry_their_budget_beside_the_text() -> None:
     dataset = roles(4)
     item = dataset[4 * 5 + 2]  # sixth run: the second group's first student
     assert item["tokens"].tolist() == [6]
-    assert item["role"] == 1
-    assert "role" not in dataset.base[6]
+    assert item["budget"] == BUDGETS - 1
+    assert dataset[4 * 4 + 2]["budget"] == TEACHER  # the run before: the teacher, on the same text
+    assert dataset[4 * 4 + 2]["tokens"].tolist() == [6]
+    assert "budget" not in dataset.base[6]
 
 
 def test_a_part_of_a_group_is_filled_up() -> None:
@@ -143,6 +145,45 @@ def test_a_resume_on_other_ranks_goes_on_with_the_next_samples() -> None:
 
 
 def test_students_go_from_narrow_to_full() -> None:
-    assert [budget_of(role, BUDGETS) for role in range(1, ROLES)] == [2, 1, 0]
-    assert budget_of(BUDGETS, BUDGETS) == 0  # the last microbatch reaches every parameter
-    assert budget_of(1, 1) == 0
+    assert [JointRoles(BUDGETS).budget(role, 0) for role in range(ROLES)] == [TEACHER, 2, 1, 0]
+    assert JointRoles(1).budget(1, 5) == 0  # the last microbatch reaches every parameter
+    assert JointRoles(0).count == 1
+
+
+def drawn(micro: int, world: int, *, consumed: int = 0, seed: int = 3, steps: int = 6) -> list[dict[int, int]]:
+    """Base sample -> budget of each optimizer step, over all ranks; the global batch has 8 base samples."""
+    kind = SampledRoles((0.5, 0.3, 0.2), seed=seed, micro_batch_size=micro)
+    dataset = roles(micro * world, samples=64, roles=kind)
+    streams = [sampler(dataset, micro, rank, world, consumed) for rank in range(world)]
+    found = []
+    for _ in range(steps):
+        step: dict[int, int] = {}
+        for _ in range(8 // (micro * world)):
+            for stream in streams:
+                teacher, student = next(stream), next(stream)
+                assert {dataset[index]["budget"] for index in teacher} == {TEACHER}
+                budgets = {dataset[index]["budget"] for index in student}
+                assert len(budgets) == 1, "one microbatch is run by one budget"
+                assert [dataset.at(i)[0] for i in teacher] == [dataset.at(i)[0] for i in student]
+                step.update({dataset.at(index)[0]: budgets.copy().pop() for index in student})
+        found.append(step)
+    return found
+
+
+@pytest.mark.parametrize("micro", [1, 2])
+def test_draws_do_not_depend_on_the_data_parallel_size(micro: int) -> None:
+    assert drawn(micro, 1) == drawn(micro, 2) == drawn(micro, 4)
+    assert drawn(micro, 2, consumed=8 * 2, steps=5) == drawn(micro, 1)[1:]  # a resume: consumed counts both roles
+    assert drawn(micro, 1) != drawn(micro, 1, seed=4)
+    assert drawn(1, 1) != drawn(2, 1)
+
+
+def test_budgets_come_as_often_as_they_weigh() -> None:
+    kind = SampledRoles((0.5, 0.3, 0.2), seed=9, micro_batch_size=1)
+    count = 20_000
+    found = Counter(kind.budget(1, sample) for sample in range(count))
+    for budget, share in enumerate((0.5, 0.3, 0.2)):
+        # Four standard deviations of a share of 20,000 draws.
+        assert abs(found[budget] / count - share) < 4 * (share * (1 - share) / count) ** 0.5
+    assert {SampledRoles((0.0, 1.0), seed=1, micro_batch_size=1).budget(1, i) for i in range(100)} == {1}
+    assert {SampledRoles((1.0, 0.0), seed=1, micro_batch_size=1).budget(1, i) for i in range(100)} == {0}

@@ -18,7 +18,8 @@ FLAGS = {"hidden-size": 64, "lr": 1e-3, "lr-warmup-iters": 5, "calculate-per-tok
 
 
 def flags(number: int, save: Path | str = "nowhere", **changes: Any) -> dict[str, Any]:
-    settings = {"roles": 3, "save_interval": 10, "eval_interval": 5, "eval_iterations": 2, "cuda": False, **changes}
+    settings: dict[str, Any] = {"roles": 3, "evaluation_roles": 3, "save_interval": 10, "eval_interval": 5}
+    settings.update({"eval_iterations": 2, "cuda": False, **changes})
     return stage_flags({**FLAGS, **settings.pop("flags", {})}, STAGES, number, save=str(save), **settings)
 
 
@@ -26,6 +27,11 @@ def test_batches_count_every_role() -> None:
     assert [flags(n)["global-batch-size"] for n in (1, 2)] == [48, 12]
     assert [flags(n, roles=1)["global-batch-size"] for n in (1, 2)] == [16, 4]
     assert [flags(n)["micro-batch-size"] for n in (1, 2)] == [4, 2]
+
+
+def test_evaluation_judges_every_budget_where_training_draws_one() -> None:
+    made = flags(1, roles=2, evaluation_roles=3)
+    assert (made["global-batch-size"], made["eval-global-batch-size"]) == (32, 48)
 
 
 def test_iterations_continue_over_the_stages() -> None:
@@ -81,8 +87,9 @@ def test_cpu_ranks_get_gloo_and_gpus_do_not() -> None:
 
 def test_the_command_line_says_the_same() -> None:
     argv = stage_argv(
-        FLAGS, STAGES, 1, roles=3, save="s", save_interval=1, eval_interval=1, eval_iterations=1, cuda=True
-    )
+        FLAGS, STAGES, 1, roles=3, evaluation_roles=3, save="s", save_interval=1, eval_interval=1, eval_iterations=1,
+        cuda=True,
+    )  # fmt: skip
     assert argv[argv.index("--global-batch-size") + 1] == "48"
     following = argv[argv.index("--calculate-per-token-loss") + 1]
     assert following.startswith("--")

@@ -1,0 +1,188 @@
+"""The small family of the table of exactness, one process's plain loop over it, and its data. Needs the CPU adaptation."""
+
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+from torch import Tensor
+
+from megatron_elastic.axes import AXES
+from megatron_elastic.budget import Budget, Selection
+from megatron_elastic.distillation.roles import JointRoles, RoleDataset, Roles, SampledRoles
+from megatron_elastic.family import Family
+from megatron_elastic.layout import ModelShape
+from megatron_elastic.model import ElasticHybridModel, ElasticModelBuilder, ElasticModelConfig
+from megatron_elastic.router import Router, RouterConfig
+from tests.distributed import elastic_kit as kit
+from tests.exactness.layouts import Layout
+
+SHAPE = ModelShape(
+    pattern="M-*M", vocab=64, hidden=32, ffn=64, attention_heads=8, query_groups=2, head_dim=4,
+    mamba_heads=8, mamba_head_dim=4, mamba_groups=2, mamba_state=6,
+)  # fmt: skip
+FAMILY = Family(
+    shape=SHAPE,
+    ffn_blocks=8,
+    choices={"hidden": (32, 28, 24, 20), "ffn": (64, 48, 32), "mamba_heads": (8, 4), "attention_heads": (8, 6, 4)},
+    budgets=(Budget("whole", 1.0), Budget("half", 0.7)),
+)
+SELECTIONS = (FAMILY.full, Selection(24, 32, 4, 6))
+SEPARATORS = {(1, 1): "M-*M", (2, 1): "M-|*M", (2, 2): "M|-|*|M"}
+WEIGHTS = (0.6, 0.4)
+SAMPLES, LENGTH = 4, 16
+"""Base samples a step, and tokens of each."""
+FIRST, STEPS = 4, 5
+"""Optimizer step that comes first (inside the router's schedules), and how many are made."""
+ROUTER = RouterConfig(iterations=40, width=16, std=0.5, clip=1.0, warmup=6, penalty=0.7, seed=3, check_interval=2)
+SEED = 7
+# A large epsilon: Adam would turn roundings of tiny gradients into steps of full size.
+ADAM = {"lr": 0.02, "betas": (0.9, 0.95), "eps": 0.1, "weight_decay": 0.0}
+
+
+def roles(mode: str, micro: int) -> Roles:
+    """Joint or drawn."""
+    if mode.startswith("joint"):
+        return JointRoles(len(WEIGHTS))
+    return SampledRoles(WEIGHTS, seed=SEED, micro_batch_size=micro)
+
+
+class Text(torch.utils.data.Dataset[dict[str, Tensor]]):
+    """Sample `i` is a function of `i`."""
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return {key: value[0] for key, value in kit.batch(index, size=1, length=LENGTH).items()}
+
+
+def microbatches(mode: str, layout: Layout, step: int) -> Iterator[dict[str, Tensor]]:
+    """What Megatron's sampler and loader hand this data-parallel rank in one step."""
+    dp, rank = layout.dp, parallel_state.get_data_parallel_rank()
+    dataset = RoleDataset(Text(), roles=roles(mode, layout.micro), group=layout.micro * dp, samples=SAMPLES * STEPS)
+    count = SAMPLES * dataset.roles.count // dp
+    for number in range(count // layout.micro):
+        start = (step - FIRST) * SAMPLES * dataset.roles.count + (number * dp + rank) * layout.micro
+        yield torch.utils.data.default_collate([dataset[start + i] for i in range(layout.micro)])
+
+
+def new_router(seed: int = ROUTER.seed) -> Router:
+    """The same initial router everywhere, in fp64 as the model it is compared in."""
+    config = RouterConfig(**{**vars(ROUTER), "seed": seed})
+    return Router(config, shape=SHAPE, choices=FAMILY.choices, budgets=FAMILY.budgets).double()
+
+
+_MADE: list[tuple[int, ...]] = []
+
+
+def make_groups(layout: Layout) -> None:
+    """Megatron's parallel groups of a layout: kept where they are the same, else all of torch.distributed made anew.
+
+    Groups that are only forgotten keep their threads, and every one of them costs time on two cores.
+    """
+    wanted = (layout.tp, layout.pp, layout.vp, layout.cp)
+    if not _MADE or _MADE[-1] != wanted:
+        rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+        parallel_state.destroy_model_parallel()
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+        _MADE.append(wanted)
+        address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        store = torch.distributed.TCPStore(*address, is_master=False)  # the launcher's own
+        fresh = torch.distributed.PrefixStore(f"exactness-{len(_MADE)}", store)
+        torch.distributed.init_process_group("gloo", store=fresh, rank=rank, world_size=world)
+        parallel_state.initialize_model_parallel(
+            layout.tp,
+            layout.pp,
+            virtual_pipeline_model_parallel_size=layout.vp if layout.vp > 1 else None,
+            context_parallel_size=layout.cp,
+        )
+    model_parallel_cuda_manual_seed(7)
+
+
+def build(layout: Layout, dtype: torch.dtype) -> list[ElasticHybridModel]:
+    """This rank's model chunks, each with its teacher, whose weights differ (equal ones would hide faults)."""
+    virtual = {"virtual_pipeline_model_parallel_size": layout.vp} if layout.vp > 1 else {}
+    settings = ElasticModelConfig(
+        transformer=kit.config(
+            SHAPE, dtype=dtype, context_parallel_size=layout.cp, **virtual, **layout.config
+        ),
+        vocab_size=SHAPE.vocab,
+        hybrid_layer_pattern=SEPARATORS[layout.pp, layout.vp],
+        seq_length=LENGTH,
+        position_embedding_type="none",
+        family=FAMILY,
+    )  # fmt: skip
+    groups, builder, chunks = ProcessGroupCollection.use_mpu_process_groups(), ElasticModelBuilder(settings), []
+    for number in range(layout.vp):
+        first = parallel_state.get_pipeline_model_parallel_rank() == 0 and number == 0
+        last = parallel_state.get_pipeline_model_parallel_rank() == layout.pp - 1 and number == layout.vp - 1
+        stage = number if layout.vp > 1 else None
+        model, teacher = (builder.build_plain(groups, first, last, stage) for _ in range(2))
+        for one, jitter in ((model, 0.0), (teacher, 0.05)):
+            kit.keep_fp64(one, dtype)
+            kit.set_weights(one, FAMILY.layout, kit.full_weights(FAMILY.layout, jitter))
+        teacher.requires_grad_(False).eval()
+        model.teachers = (teacher,)
+        chunks.append(model)
+    return chunks
+
+
+def reference(mode: str, micro: int, dtype: torch.dtype) -> dict[str, Any]:
+    """A plain loop on one process: no schedule, no DDP, no leaf copies, torch's own optimizers."""
+    make_groups(Layout(torch.distributed.get_world_size()))
+    (model,) = build(Layout(1), dtype)
+    router, soft = new_router(), mode.endswith("soft")
+    adam = torch.optim.AdamW(model.parameters(), **ADAM)
+    router_adam = torch.optim.AdamW(router.parameters(), lr=ROUTER.learning_rate, weight_decay=0.0)
+    deal, found = roles(mode, micro), dict[str, Any]()
+    for step in range(FIRST, FIRST + STEPS):
+        adam.zero_grad()
+        router_adam.zero_grad()
+        made = [{axis: router.probabilities(b, axis, step) for axis in AXES} for b in range(len(WEIGHTS))]
+        sums, counted = torch.zeros(len(WEIGHTS), 2, dtype=torch.float64), torch.zeros((), dtype=torch.int)
+        for start in range((step - FIRST) * SAMPLES, (step - FIRST + 1) * SAMPLES, micro):
+            batch = torch.utils.data.default_collate([Text()[start + i] for i in range(micro)])
+            where, mask = (batch["tokens"], batch["position_ids"]), batch["loss_mask"].float()
+            with torch.no_grad():
+                target = model.teacher_target(model(*where, run_teacher=True))
+            for role in range(1, deal.count):
+                budget = deal.budget(role, start)
+                how = {"probabilities": made[budget]} if soft else {"selection": SELECTIONS[budget]}
+                summed = model(*where, **how, teacher=target, loss_mask=mask)
+                share = WEIGHTS[budget] * len(WEIGHTS) if mode.startswith("joint") else 1.0
+                (summed * share).backward(retain_graph=soft)
+                sums[budget] += torch.stack([summed.detach().float(), mask.sum()])
+                counted += mask.sum().to(torch.int)
+        # Core multiplies by 1 / tokens as it comes out in fp32: the one rounding that is not the maths' own.
+        for parameter in model.parameters():
+            parameter.grad *= torch.reciprocal(counted)
+        penalties = [router.penalty(budget, made[budget]) for budget in range(len(WEIGHTS))]
+        if soft:
+            for parameter in router.parameters():
+                if parameter.grad is not None:  # in a step where no budget with a choice was drawn
+                    parameter.grad /= counted
+            sum(w * ROUTER.penalty * p for w, p in zip(WEIGHTS, penalties, strict=True)).backward()
+        assert sums[-1, 1] or step > FIRST, "the first step runs the budget that has choices: choose another SEED"
+        when = "" if step == FIRST else " after 5 steps"
+        found[f"losses{when}"] = (sums[:, 0] / sums[:, 1])[sums[:, 1] > 0]
+        if step == FIRST:
+            found["weight gradients"] = {name: p.grad.clone() for name, p in model.named_parameters()}
+            found["penalty"] = torch.stack(penalties).detach()
+            found["selections"] = chosen(router, step)
+        adam.step()
+        if soft:
+            torch.nn.utils.clip_grad_norm_(router.parameters(), ROUTER.clip)
+            found.setdefault("router gradients", {n: p.grad.clone() for n, p in router.named_parameters()})
+            router_adam.param_groups[0]["lr"] = ROUTER.learning_rate_at(step)
+            router_adam.step()
+    found["weights after 5 steps"] = {name: p.detach().clone() for name, p in model.named_parameters()}
+    found["router after 5 steps"] = {name: p.detach().clone() for name, p in router.named_parameters()}
+    found["selections after 5 steps"] = chosen(router, FIRST + STEPS)
+    return found
+
+
+def chosen(router: Router, step: int) -> Tensor:
+    """What the router would decide now, `[budgets, axes]`."""
+    return torch.tensor([list(s.as_dict().values()) for s in router.decide(step)])
