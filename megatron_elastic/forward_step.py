@@ -18,7 +18,7 @@ from megatron_elastic.layers.linear import TeacherTarget
 from megatron_elastic.meter import BudgetMeter
 from megatron_elastic.metrics import StepLog
 from megatron_elastic.model import ElasticHybridModel, FamilyState
-from megatron_elastic.ops.documents import documents_from_cu_seqlens
+from megatron_elastic.ops.packing import documents_from_cu_seqlens
 
 
 class _ZeroLoss(torch.autograd.Function):
@@ -76,6 +76,7 @@ class JointStep:
         if trainer is not None and not self.state.metadata.selections:
             if num_tokens is None:
                 raise ValueError("calculate_per_token_loss is required: core passed no token count")
+            assert world is not None
             interval = trainer.router.config.check_interval
             if interval and self._iteration % interval == 0:
                 # Every rank is here: a collective at the start of a step would wait for stages that wait for this one.
@@ -135,7 +136,8 @@ class JointStep:
         local = {key: batch[key].to(device, non_blocking=True) for key in ("tokens", "position_ids", "loss_mask")}
         documents = None
         if "cu_seqlens" in batch:
-            documents = documents_from_cu_seqlens(batch["cu_seqlens"].to(device, non_blocking=True), args.seq_length)
+            rows = (documents_from_cu_seqlens(row, args.seq_length) for row in batch["cu_seqlens"])
+            documents = torch.cat(list(rows)).to(device, non_blocking=True)
         # Zigzag slices of whole sequences, whatever documents are in them: documents are masked by number.
         local = get_batch_on_this_cp_rank(
             local, is_hybrid_cp=False, cp_group=chunk.pg_collection.cp, use_per_sequence_balancing=True

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.models.hybrid.hybrid_model import HybridModel
+from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel.utils import is_pp_first_stage, is_pp_last_stage
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.training.models.hybrid import HybridModelBuilder, HybridModelConfig
@@ -18,6 +19,7 @@ from megatron_elastic.errors import CheckpointError
 from megatron_elastic.family import Family
 from megatron_elastic.layers.linear import ElasticLMHead, TeacherTarget
 from megatron_elastic.metadata import Metadata
+from megatron_elastic.ops.packing import documents_from_cu_seqlens
 from megatron_elastic.router import RouterTrainer
 from megatron_elastic.specs import elastic_stack_spec
 
@@ -132,6 +134,7 @@ class ElasticHybridModel(HybridModel):
         *,
         selection: Selection | None = None,
         probabilities: Mapping[str, Tensor] | None = None,
+        documents: Tensor | None = None,
     ) -> Tensor:
         """Everything but the LM head: tokens `[b, s]` -> `[s, b, kept hidden]` (`[s / TP, ...]` with SP)."""
         x = self.embedding(input_ids=input_ids, position_ids=position_ids) if self.pre_process else None
@@ -143,7 +146,9 @@ class ElasticHybridModel(HybridModel):
         if probabilities is not None and tp_size > 1 and not self.config.sequence_parallel:
             scaled = _ScaleGradient.apply(probabilities["hidden"], 1.0 / tp_size)
             probabilities = {**probabilities, "hidden": scaled}
-        output: Tensor = self.decoder(x, rotary, selection=selection, probabilities=probabilities)
+        output: Tensor = self.decoder(
+            x, rotary, selection=selection, probabilities=probabilities, documents=documents
+        )
         return output
 
     def _head_segments(self, selection: Selection | None) -> Any:
@@ -163,8 +168,12 @@ class ElasticHybridModel(HybridModel):
         loss_mask: Tensor | None = None,
         temperature: float = 1.0,
         documents: Tensor | None = None,
+        packed_seq_params: PackedSeqParams | None = None,
     ) -> Tensor:
         """One microbatch in one role.
+
+        With context parallelism `s` is this rank's share of the sequence: slices `r` and `2 * CP - 1 - r` of `2 * CP`,
+        as core's `get_batch_on_this_cp_rank` cuts it, and losses are sums over this rank's tokens.
 
         Args:
             input_ids: `[b, s]`.
@@ -178,6 +187,10 @@ class ElasticHybridModel(HybridModel):
             labels: `[b, s]`: on the last stage, returns the summed cross entropy (no gradient).
             loss_mask: `[b, s]`, required for a loss.
             temperature: of the KD softmax.
+            documents: number of each token's document, `[b, s * CP]`, of the whole sequence in the order of the text
+                and not decreasing: no token sees another document. The same on every rank and stage. None: a row is one
+                document.
+            packed_seq_params: the same in Megatron's terms, for one row; not together with `documents`.
 
         Returns:
             Hidden states `[s, b, h]` before the last stage and for the teacher; on the last stage the 0-dim loss sum,
@@ -187,9 +200,15 @@ class ElasticHybridModel(HybridModel):
             raise ValueError(
                 "attention_mask: elastic attention is causal; pass None (--no-create-attention-mask-in-dataloader)"
             )
+        if packed_seq_params is not None:
+            if documents is not None:
+                raise ValueError("documents and packed_seq_params say the same: pass one of the two")
+            documents = self._documents(packed_seq_params, input_ids)
         if run_teacher:
-            return self._teacher_forward(input_ids, position_ids)
-        hidden = self.trunk(input_ids, position_ids, selection=selection, probabilities=probabilities)
+            return self._teacher_forward(input_ids, position_ids, documents)
+        hidden = self.trunk(
+            input_ids, position_ids, selection=selection, probabilities=probabilities, documents=documents
+        )
         if not self.post_process:
             return hidden
         output, _ = self.output_layer(
@@ -205,12 +224,19 @@ class ElasticHybridModel(HybridModel):
         result: Tensor = output
         return result
 
-    def _teacher_forward(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+    def _documents(self, packed: PackedSeqParams, input_ids: Tensor) -> Tensor:
+        if input_ids.size(0) != 1:
+            raise ValueError(f"packed_seq_params: {input_ids.size(0)} rows; sequences are packed into one")
+        padded = packed.cu_seqlens_q_padded
+        ends = packed.cu_seqlens_q if padded is None else padded
+        return documents_from_cu_seqlens(ends, input_ids.size(1) * self.pg_collection.cp.size())
+
+    def _teacher_forward(self, input_ids: Tensor, position_ids: Tensor, documents: Tensor | None) -> Tensor:
         if not self.teachers:
             raise ValueError("run_teacher: this model has no teacher")
         received = None if self.pre_process else self.decoder.input_tensor
         with torch.no_grad():
-            hidden = self.teachers[0].trunk(input_ids, position_ids)
+            hidden = self.teachers[0].trunk(input_ids, position_ids, documents=documents)
         if received is None or not received.requires_grad:
             return hidden
         return _Tie.apply(hidden, received)  # type: ignore[no-any-return]

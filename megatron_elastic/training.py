@@ -84,11 +84,11 @@ class TextRun:
         group = args.eval_micro_batch_size * dp
         valid = RoleDataset(
             base[1],
-            roles=self.roles,
+            roles=self.evaluation_roles,
             group=group,
             # As many as Megatron will draw over the whole run, what is already consumed included.
-            samples=-(-(sizes[1] or 0) // self.roles) + args.consumed_valid_samples,
-            start=args.consumed_valid_samples % (group * self.roles),
+            samples=-(-(sizes[1] or 0) // judged) + args.consumed_valid_samples,
+            start=args.consumed_valid_samples % (group * judged),
             period=period,
         )
         return train, valid, None

@@ -9,8 +9,8 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
 from megatron_elastic.family import SlicePlan
+from megatron_elastic.layers.context_parallel import context_parallel_attention
 from megatron_elastic.masks import Masks
-from megatron_elastic.ops.attention import causal_attention
 
 
 class NoCoreAttention:
@@ -30,12 +30,14 @@ class ElasticSelfAttention(SelfAttention):
         mask: Tensor | None = None,
         plan: SlicePlan | None = None,
         rotary_pos_emb: Tensor | None = None,
+        documents: Tensor | None = None,
     ) -> Tensor:
         """Args:
-            hidden_states: normalised input, `[s, b, kept hidden]`.
+            hidden_states: normalised input, `[s, b, kept hidden]`, `s` being this rank's tokens.
             mask: soft mask of the query heads, `[heads / TP]`, on the heads' outputs.
             plan: slice to run instead.
             rotary_pos_emb: `[s, 1, 1, d]` or None.
+            documents: of the whole sequence, `[b, s * CP]`, or None.
 
         Returns:
             `[s, b, kept hidden]`.
@@ -51,11 +53,14 @@ class ElasticSelfAttention(SelfAttention):
             rotate = partial(apply_rotary_pos_emb, config=self.config, cp_group=self.pg_collection.cp)
             query, key = rotate(query, rotary_pos_emb), rotate(key, rotary_pos_emb)
         scale = self.config.softmax_scale or width**-0.5
-        attend = partial(causal_attention, scale=scale)
+
+        def attend(query: Tensor, key: Tensor, value: Tensor, documents: Tensor | None) -> Tensor:
+            return context_parallel_attention(query, key, value, scale, documents, self.pg_collection.cp)
+
         if self.checkpoint_core_attention and self.training:
-            context = tensor_parallel.checkpoint(attend, False, query, key, value)
+            context = tensor_parallel.checkpoint(attend, False, query, key, value, documents)
         else:
-            context = attend(query, key, value)
+            context = attend(query, key, value, documents)
         if mask is not None:
             context = context * mask.repeat_interleave(width)
         out, _ = self.linear_proj(context, segments=segments.get("self_attention.linear_proj.weight"))
@@ -72,13 +77,15 @@ class ElasticAttentionLayer(TransformerLayer):
         masks: Masks | None,
         plan: SlicePlan | None,
         rotary_pos_emb: Tensor | None = None,
+        documents: Tensor | None = None,
     ) -> Tensor:
         """`[s, b, kept hidden]` -> the same shape."""
+        where = {"rotary_pos_emb": rotary_pos_emb, "documents": documents}
         if masks is not None:
             normed = self.input_layernorm(hidden_states, width=masks.hidden.sum())
-            out = self.self_attention(normed, mask=masks.attention_heads, rotary_pos_emb=rotary_pos_emb)
+            out = self.self_attention(normed, mask=masks.attention_heads, **where)
             return hidden_states + out * masks.hidden
         normed = self.input_layernorm(
             hidden_states, segments=None if plan is None else plan.segments["input_layernorm.weight"]
         )
-        return hidden_states + self.self_attention(normed, plan=plan, rotary_pos_emb=rotary_pos_emb)
+        return hidden_states + self.self_attention(normed, plan=plan, **where)

@@ -1,58 +1,69 @@
 """The elastic Mamba-2 layer: heads narrowed inside their SSM group, hidden channels in and out."""
 
-import torch
-import torch.nn.functional as F
+from megatron.core.ssm.mamba_context_parallel import MambaContextParallel
 from megatron.core.ssm.mamba_layer import MambaLayer
 from torch import Tensor
 
 from megatron_elastic.family import SlicePlan
 from megatron_elastic.layers.plain import LocalMambaMixer
 from megatron_elastic.masks import Masks
-from megatron_elastic.ops.causal_conv import causal_conv1d_silu
 from megatron_elastic.ops.sliced_parameter import sliced_parameter
-from megatron_elastic.ops.ssd import ssd
 
 
 class ElasticMambaMixer(LocalMambaMixer):
     """Mamba-2 mixer on all heads, with a mask, or on a slice of them."""
 
-    def forward(self, hidden_states: Tensor, *, mask: Tensor | None = None, plan: SlicePlan | None = None) -> Tensor:
+    def forward(
+        self,
+        hidden_states: Tensor,
+        *,
+        mask: Tensor | None = None,
+        plan: SlicePlan | None = None,
+        documents: Tensor | None = None,
+    ) -> Tensor:
         """Args:
-            hidden_states: normalised input, `[s, b, kept hidden]`.
+            hidden_states: normalised input, `[s, b, kept hidden]`, `s` being this rank's tokens.
             mask: soft mask of the heads, `[heads / TP]`. It is applied once, where the heads' outputs meet (gated norm
                 and output projection): at one-hot a masked head adds exactly nothing, and no weight of it gets a
                 gradient.
             plan: slice to run instead.
+            documents: of the whole sequence, `[b, s * CP]`, or None.
 
         Returns:
             `[s, b, kept hidden]`.
         """
         segments = plan.segments if plan is not None else {}
-        heads = self.nheads_local_tp if plan is None else plan.mamba_heads
+        cp = self.cp if plan is None else self._sliced(plan)
         zxbcdt, _ = self.in_proj(hidden_states, segments=segments.get("mixer.in_proj.weight"))
-        inner, states = heads * self.headdim, self.ngroups_local_tp * self.d_state
-        z, xbc, dt = zxbcdt.transpose(0, 1).split([inner, inner + 2 * states, heads], dim=-1)
-        conv = self._parameter("conv1d_weight", plan), self._parameter("conv1d_bias", plan)
-        x, b, c = causal_conv1d_silu(xbc, *conv).split([inner, states, states], dim=-1)
-        wide = torch.promote_types(x.dtype, torch.float32)
-        dt = F.softplus(dt.to(wide) + self._parameter("dt_bias", plan).to(wide))
-        y = ssd(
-            x.unflatten(-1, (heads, self.headdim)),
-            dt,
-            -torch.exp(self._parameter("A_log", plan).to(wide)),
-            b.unflatten(-1, (self.ngroups_local_tp, self.d_state)),
-            c.unflatten(-1, (self.ngroups_local_tp, self.d_state)),
-            self._parameter("D", plan),
-            self.ssd_chunk,
-        )
+        y, z = self.scan(cp.pre_conv_ssm(zxbcdt), cp, documents)
+        # The norm runs where a rank has all channels again: its groups, mask and weight are as without CP.
         channels = None if mask is None else mask.repeat_interleave(self.headdim)
-        gated = self.norm(y.flatten(-2), z, channels, segments=segments.get("mixer.norm.weight"))
-        out, _ = self.out_proj(gated.transpose(0, 1).contiguous(), segments=segments.get("mixer.out_proj.weight"))
+        gated = self.norm(
+            cp.post_conv_ssm(y), cp.post_conv_ssm(z), channels, segments=segments.get("mixer.norm.weight")
+        )
+        out, _ = self.out_proj(gated.contiguous(), segments=segments.get("mixer.out_proj.weight"))
         return out
 
-    def _parameter(self, name: str, plan: SlicePlan | None) -> Tensor:
-        whole: Tensor = self.get_parameter(name)
-        return whole if plan is None else sliced_parameter(whole, *plan.segments[f"mixer.{name}"])
+    def _sliced(self, plan: SlicePlan) -> MambaContextParallel:
+        """Core's split of the mixer over context-parallel ranks, for the heads and parameters that a plan keeps."""
+
+        def kept(name: str) -> Tensor:
+            return sliced_parameter(self.get_parameter(name), *plan.segments[f"mixer.{name}"])
+
+        return MambaContextParallel(
+            cp_group=self.pg_collection.cp,
+            d_inner_local_tp=plan.mamba_heads * self.headdim,
+            nheads_local_tp=plan.mamba_heads,
+            ngroups_local_tp=self.ngroups_local_tp,
+            d_state=self.d_state,
+            conv1d_weight_cp1=kept("conv1d_weight"),
+            conv1d_bias_cp1=kept("conv1d_bias"),
+            conv1d_padding=self.d_conv - 1,
+            dt_bias_cp1=kept("dt_bias"),
+            A_log_cp1=kept("A_log"),
+            D_cp1=kept("D"),
+            D_has_hdim=False,
+        )
 
 
 class ElasticMambaLayer(MambaLayer):
@@ -65,10 +76,11 @@ class ElasticMambaLayer(MambaLayer):
         masks: Masks | None,
         plan: SlicePlan | None,
         rotary_pos_emb: Tensor | None = None,
+        documents: Tensor | None = None,
     ) -> Tensor:
         """`[s, b, kept hidden]` -> the same shape. `rotary_pos_emb` is not used."""
         if masks is not None:
             normed = self.norm(hidden_states, width=masks.hidden.sum())
-            return hidden_states + self.mixer(normed, mask=masks.mamba_heads) * masks.hidden
+            return hidden_states + self.mixer(normed, mask=masks.mamba_heads, documents=documents) * masks.hidden
         normed = self.norm(hidden_states, segments=None if plan is None else plan.segments["norm.weight"])
-        return hidden_states + self.mixer(normed, plan=plan)
+        return hidden_states + self.mixer(normed, plan=plan, documents=documents)

@@ -39,8 +39,9 @@ class ElasticMLPLayer(MLPLayer):
         masks: Masks | None,
         plan: SlicePlan | None,
         rotary_pos_emb: Tensor | None = None,
+        documents: Tensor | None = None,
     ) -> Tensor:
-        """`[s, b, kept hidden]` -> the same shape. `rotary_pos_emb` is not used."""
+        """`[s, b, kept hidden]` -> the same shape. `rotary_pos_emb` and `documents` are not used."""
         if masks is not None:
             normed = self.pre_mlp_layernorm(hidden_states, width=masks.hidden.sum())
             return hidden_states + self.mlp(normed, mask=masks.ffn) * masks.hidden

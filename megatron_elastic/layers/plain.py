@@ -5,6 +5,7 @@ names are those of core's layers with separate norms.
 """
 
 import contextlib
+import copy
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.hybrid.hybrid_block import HybridStack, HybridStackSubmodules
 from megatron.core.ssm import mamba_mixer
+from megatron.core.ssm.mamba_context_parallel import MambaContextParallel
 from megatron.core.ssm.mamba_layer import MambaLayer, MambaLayerSubmodules
 from megatron.core.ssm.mamba_mixer import MambaMixer, MambaMixerSubmodules
 from megatron.core.ssm.mlp_layer import MLPLayer
@@ -27,6 +29,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group, make_sharded_tensors_for_checkpoint
 
 from megatron_elastic.errors import ElasticError
+from megatron_elastic.layers.context_parallel import slices_of_rank, whole_sequence
 from megatron_elastic.ops.causal_conv import causal_conv1d_silu
 from megatron_elastic.ops.gated_norm import gated_rms_norm
 from megatron_elastic.ops.norm import rms_norm
@@ -157,23 +160,27 @@ class LocalMambaMixer(MambaMixer):
         """The scan of `[z | x | B | C | dt]` `[s, b, ...]`, gated and normalised `[s, b, d]`."""
         if packed_seq_params is not None:
             raise ElasticError("the local Mamba mixer takes no packed sequences: train on sequences of one length")
-        y, z = self.scan(zxBCdt)
-        return self.norm(self.cp.post_conv_ssm(y), self.cp.post_conv_ssm(z))
+        y, z = self.scan(zxBCdt, self.cp)
+        return self.norm(self.cp.post_conv_ssm(y), self.cp.post_conv_ssm(z)).contiguous()
 
-    def scan(self, zxBCdt: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def scan(
+        self, zxBCdt: torch.Tensor, cp: MambaContextParallel, documents: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Convolution and state space scan, before the gate.
 
         Args:
-            zxBCdt: output of `in_proj`, `[s, b, 2 * d + 2 * groups * state + heads]`, local to this rank.
+            zxBCdt: output of `in_proj` on the whole sequence, `[s, b, 2 * d + 2 * groups * state + heads]`, with this
+                rank's heads.
+            cp: how many heads and groups those are, and this rank's part of the parameters.
+            documents: number of each token's document, `[b, s]`, or None.
 
         Returns:
             y and the gate z, both `[s, b, d]`.
         """
-        cp = self.cp
         states = cp.ngroups_local_tpcp * self.d_state
         width = cp.d_inner_local_tpcp
         z, xBC, dt = zxBCdt.transpose(0, 1).split([width, width + 2 * states, cp.nheads_local_tpcp], dim=-1)
-        xBC = causal_conv1d_silu(xBC, cp.get_conv1d_weight(), cp.get_conv1d_bias())
+        xBC = causal_conv1d_silu(xBC, cp.get_conv1d_weight(), cp.get_conv1d_bias(), documents)
         x, B, C = xBC.split([width, states, states], dim=-1)
         dt_bias, A_log, D = map(at_least_fp32, (cp.get_dt_bias(), cp.get_A_log(), cp.get_D()))
         y = ssd(
@@ -184,14 +191,47 @@ class LocalMambaMixer(MambaMixer):
             C.unflatten(-1, (cp.ngroups_local_tpcp, -1)),
             D,
             self.ssd_chunk,
+            documents,
         )
-        return y.flatten(-2).transpose(0, 1).contiguous(), z.transpose(0, 1)
+        return y.flatten(-2).transpose(0, 1), z.transpose(0, 1)
 
     def _ssm_prefill(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Refused: it needs the kernels' inference caches."""
         raise ElasticError(
             "the local Mamba mixer has no inference cache: run it on whole sequences, outside inference mode"
         )
+
+
+class LocalCoreAttention(DotProductAttention):
+    """Core's attention from scores, with context parallelism, for which core has Transformer Engine's only.
+
+    Keys and values are gathered, and each query sees those that are not later in the whole sequence, or what a given
+    mask leaves: core's batches cut its rows as they cut the tokens, and keep its columns whole.
+    """
+
+    def __init__(
+        self, config: TransformerConfig, layer_number: int, attn_mask_type: AttnMaskType, *args: Any, **kwargs: Any
+    ) -> None:
+        """Takes what core's module takes."""
+        alone = copy.copy(config)
+        alone.context_parallel_size = 1  # core's constructor refuses another size; its forward takes any mask
+        split = config.context_parallel_size > 1
+        super().__init__(alone, layer_number, AttnMaskType.arbitrary if split else attn_mask_type, *args, **kwargs)
+        self.config = config
+
+    def forward(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: Any, **kwargs: Any
+    ) -> torch.Tensor:
+        """Query, key and value `[s / CP, b, heads or groups, d]` -> `[s / CP, b, heads * d]`."""
+        group = self.pg_collection.cp
+        if group.size() > 1:
+            key, value = whole_sequence(key, group), whole_sequence(value, group)
+            if attention_mask is None:
+                keys = torch.arange(key.size(0), device=key.device)
+                slices = keys.chunk(2 * group.size())
+                queries = torch.cat([slices[number] for number in slices_of_rank(group)])
+                attention_mask = (keys > queries[:, None])[None, None]
+        return super().forward(query, key, value, attention_mask, **kwargs)
 
 
 class LocalHybridStack(HybridStack):
@@ -239,7 +279,7 @@ def attention_layer_spec() -> ModuleSpec:
                 params={"attn_mask_type": AttnMaskType.causal},
                 submodules=SelfAttentionSubmodules(
                     linear_qkv=ColumnParallelLinear,
-                    core_attention=DotProductAttention,
+                    core_attention=LocalCoreAttention,
                     linear_proj=RowParallelLinear,
                 ),
             ),

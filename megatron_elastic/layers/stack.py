@@ -36,6 +36,7 @@ class ElasticStack(LocalHybridStack):
         *,
         selection: Selection | None = None,
         probabilities: Mapping[str, Tensor] | None = None,
+        documents: Tensor | None = None,
     ) -> Tensor:
         """Runs this stage's layers.
 
@@ -44,6 +45,7 @@ class ElasticStack(LocalHybridStack):
             rotary_pos_emb: rotary table or None.
             selection: runs the slice of this selection.
             probabilities: axis -> `[choices]`: runs at full width under soft masks. Neither: the plain parent.
+            documents: number of each token's document, `[b, s * CP]` in the order of the text; None for one document.
 
         Returns:
             `[s, b, kept hidden]` after the final norm on the last stage, `[s, b, h]` (padded) before it.
@@ -60,7 +62,7 @@ class ElasticStack(LocalHybridStack):
             x = x[..., : plan.hidden]
         elif mixed and self.pre_process:
             x = x * mixed[0]
-        x = self._layers(x, mixed, plan, rotary_pos_emb)
+        x = self._layers(x, mixed, plan, rotary_pos_emb, documents)
         if self.post_process and mixed:
             x = self.final_norm(x, width=mixed[0].sum())
         elif self.post_process:
@@ -71,19 +73,24 @@ class ElasticStack(LocalHybridStack):
         return make_viewless_tensor(inp=x, requires_grad=x.requires_grad, keep_graph=True)
 
     def _run(self, numbers: Sequence[int], plan: SlicePlan | None, x: Tensor, *rest: Tensor | None) -> Tensor:
-        rotary, *mixed = rest
-        # Rotary embeddings alone may be absent: masks come all together or not at all.
+        rotary, documents, *mixed = rest
+        # Rotary embeddings and documents may be absent: masks come all together or not at all.
         masks = Masks(*(mask for mask in mixed if mask is not None)) if mixed else None
         for number in numbers:
-            x = self.layers[number](x, masks=masks, plan=plan, rotary_pos_emb=rotary)
+            x = self.layers[number](x, masks=masks, plan=plan, rotary_pos_emb=rotary, documents=documents)
         return x
 
     def _layers(
-        self, x: Tensor, mixed: Sequence[Tensor], plan: SlicePlan | None, rotary: Tensor | None
+        self,
+        x: Tensor,
+        mixed: Sequence[Tensor],
+        plan: SlicePlan | None,
+        rotary: Tensor | None,
+        documents: Tensor | None,
     ) -> Tensor:
-        config, count = self.config, len(self.layers)
+        config, count, rest = self.config, len(self.layers), (rotary, documents, *mixed)
         if config.recompute_granularity != "full" or not self.training:
-            return self._run(range(count), plan, x, rotary, *mixed)
+            return self._run(range(count), plan, x, *rest)
         size = config.recompute_num_layers if config.recompute_method == "uniform" else 1
         checkpointed = count if config.recompute_method == "uniform" else min(count, config.recompute_num_layers)
         for start in range(0, checkpointed, size):
@@ -92,5 +99,5 @@ class ElasticStack(LocalHybridStack):
             def replay(x: Tensor, *rest: Tensor | None, numbers: range = numbers) -> Tensor:
                 return self._run(numbers, plan, x, *rest)
 
-            x = tensor_parallel.checkpoint(replay, config.distribute_saved_activations, x, rotary, *mixed)
-        return self._run(range(checkpointed, count), plan, x, rotary, *mixed)
+            x = tensor_parallel.checkpoint(replay, config.distribute_saved_activations, x, *rest)
+        return self._run(range(checkpointed, count), plan, x, *rest)

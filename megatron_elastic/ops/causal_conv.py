@@ -7,9 +7,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from megatron_elastic.ops.packing import check_documents
 
-def causal_conv1d_silu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+
+def causal_conv1d_silu(x: Tensor, weight: Tensor, bias: Tensor, documents: Tensor | None = None) -> Tensor:
     """`silu(bias + sum_i weight[:, 0, i] * x[t - (k - 1) + i])` per channel; tokens before the first one are zero.
+
+    So are tokens of an earlier document.
 
     Runs as `k` shifted products, which on CPU takes half the time of a grouped `conv1d`.  Computed in at least fp32.
 
@@ -17,16 +21,28 @@ def causal_conv1d_silu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         x: `[b, l, d]`, of any strides.
         weight: `[d, 1, k]`.
         bias: `[d]`.
+        documents: number of each token's document, `[b, l]`, not decreasing along `l`; None for one document.
 
     Returns:
         `[b, l, d]` in the dtype of `x`.
+
+    Raises:
+        ValueError: `documents` is not `[b, l]`.
     """
-    y: Tensor = _ShiftedProducts.apply(x, weight, bias)  # type: ignore[no-untyped-call]
+    check_documents(documents, x.size(0), x.size(1))
+    y: Tensor = _ShiftedProducts.apply(x, weight, bias, documents)  # type: ignore[no-untyped-call]
     return y
 
 
-def causal_conv1d_silu_ref(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """`causal_conv1d_silu` through `conv1d`; shapes as there."""
+def causal_conv1d_silu_ref(x: Tensor, weight: Tensor, bias: Tensor, documents: Tensor | None = None) -> Tensor:
+    """`causal_conv1d_silu` through `conv1d`, on each document alone; shapes as there."""
+    if documents is not None:
+        rows = []
+        for row, numbers in zip(x, documents, strict=True):
+            lengths = numbers.unique_consecutive(return_counts=True)[1].tolist()
+            alone = [causal_conv1d_silu_ref(part[None], weight, bias) for part in row.split(lengths)]
+            rows.append(torch.cat(alone, 1))
+        return torch.cat(rows)
     padded = F.pad(x.transpose(1, 2), (weight.size(-1) - 1, 0))
     return F.silu(F.conv1d(padded, weight.to(x.dtype), bias.to(x.dtype), groups=weight.size(0))).transpose(1, 2)
 
@@ -35,21 +51,21 @@ class _ShiftedProducts(torch.autograd.Function):
     """Products accumulate in place; the backward keeps only the input and the value before SiLU."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, documents: Tensor | None) -> Tensor:
         compute = torch.promote_types(x.dtype, torch.float32)
         inputs, taps = x.to(compute), weight[:, 0].to(compute).t().contiguous()
         last, length = taps.size(0) - 1, x.size(1)
         y = torch.mul(inputs, taps[last]).add_(bias.to(compute))
         for shift in range(1, min(last + 1, length)):
-            y[:, shift:].addcmul_(inputs[:, :-shift], taps[last - shift])
-        ctx.save_for_backward(x, weight, y)
+            y[:, shift:].addcmul_(_inside(inputs[:, :-shift], documents, shift), taps[last - shift])
+        ctx.save_for_backward(x, weight, y, documents)
         ctx.bias_dtype = bias.dtype
         return F.silu(y).to(x.dtype)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        x, weight, y = ctx.saved_tensors
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        x, weight, y, documents = ctx.saved_tensors
         inputs, taps = x.to(y.dtype), weight[:, 0].to(y.dtype).t().contiguous()
         last, length = taps.size(0) - 1, x.size(1)
         dy = torch.ops.aten.silu_backward(grad.to(y.dtype), y)
@@ -57,8 +73,16 @@ class _ShiftedProducts(torch.autograd.Function):
         product = inputs * dy
         d_taps[last] = product.sum((0, 1))
         for shift in range(1, min(last + 1, length)):
-            dx[:, :-shift].addcmul_(dy[:, shift:], taps[last - shift])
-            shifted = torch.mul(inputs[:, :-shift], dy[:, shift:], out=product[:, :-shift])
+            reached = _inside(dy[:, shift:], documents, shift)
+            dx[:, :-shift].addcmul_(reached, taps[last - shift])
+            shifted = torch.mul(inputs[:, :-shift], reached, out=product[:, :-shift])
             d_taps[last - shift] = shifted.sum((0, 1))
         d_weight = d_taps.t()[:, None].to(weight.dtype)
-        return dx.to(x.dtype), d_weight, dy.sum((0, 1)).to(ctx.bias_dtype)
+        return dx.to(x.dtype), d_weight, dy.sum((0, 1)).to(ctx.bias_dtype), None
+
+
+def _inside(t: Tensor, documents: Tensor | None, shift: int) -> Tensor:
+    """`t` `[b, l - shift, d]`, zero where token and the token `shift` later lie in different documents."""
+    if documents is None:
+        return t
+    return t * (documents[:, shift:] == documents[:, :-shift])[..., None]

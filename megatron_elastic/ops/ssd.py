@@ -10,12 +10,24 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from megatron_elastic.ops.packing import check_documents
 
-def ssd(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, chunk_size: int = 32) -> Tensor:
+
+def ssd(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    chunk_size: int = 32,
+    documents: Tensor | None = None,
+) -> Tensor:
     """Scan `S_t = exp(dt_t A) S_{t-1} + dt_t B_t x_t^T`, `y_t = C_t S_t + D x_t`, chunk by chunk.
 
-    Head `i` uses group `i // (h / g)`.  Computed in fp32 (fp64 when `x` is fp64); the cost is
-    `l * chunk_size + (l / chunk_size)^2` per head, so `chunk_size` should grow with the root of very long sequences.
+    The state is zero before the first token of every document.  Head `i` uses group `i // (h / g)`.  Computed in fp32
+    (fp64 when `x` is fp64); the cost is `l * chunk_size + (l / chunk_size)^2` per head, so `chunk_size` should grow
+    with the root of very long sequences.
 
     Args:
         x: input `[b, l, h, p]`.
@@ -25,22 +37,26 @@ def ssd(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, chunk
         C: output projections `[b, l, g, n]`.
         D: skip weights `[h]`.
         chunk_size: tokens per chunk; any positive number, the result does not depend on it but for rounding.
+        documents: number of each token's document, `[b, l]`, not decreasing along `l`; None for one document.
 
     Returns:
         `y`, `[b, l, h, p]` in the dtype of `x`.
 
     Raises:
-        ValueError: `chunk_size` is not positive, or `h` is not a multiple of `g`.
+        ValueError: `chunk_size` is not positive, `h` is not a multiple of `g`, or `documents` is not `[b, l]`.
     """
     if chunk_size < 1:
         raise ValueError(f"chunk_size is {chunk_size}; it must be at least 1")
     if x.size(2) % B.size(2):
         raise ValueError(f"{x.size(2)} heads do not divide over {B.size(2)} groups; use a multiple of the groups")
-    y: Tensor = _ChunkedScan.apply(x, dt, A, B, C, D, chunk_size)  # type: ignore[no-untyped-call]
+    check_documents(documents, x.size(0), x.size(1))
+    y: Tensor = _ChunkedScan.apply(x, dt, A, B, C, D, chunk_size, documents)  # type: ignore[no-untyped-call]
     return y
 
 
-def ssd_ref(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor) -> Tensor:
+def ssd_ref(
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, documents: Tensor | None = None
+) -> Tensor:
     """The recurrence of `ssd`, one token at a time; shapes as there."""
     b, length, h, p = x.shape
     repeat = h // B.size(2)
@@ -50,6 +66,8 @@ def ssd_ref(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor) -
     for t in range(length):
         b_t = B[:, t].to(compute).repeat_interleave(repeat, 1)
         c_t = C[:, t].to(compute).repeat_interleave(repeat, 1)
+        if documents is not None and t:
+            state = torch.where((documents[:, t] == documents[:, t - 1])[:, None, None, None], state, 0.0)
         step = torch.einsum("bhp,bhn->bhpn", xs[:, t] * dts[:, t, :, None], b_t)
         state = state * (dts[:, t] * decay).exp()[..., None, None] + step
         outputs.append(torch.einsum("bhpn,bhn->bhp", state, c_t))
@@ -83,6 +101,32 @@ def _chunk_decay(total: Tensor) -> Tensor:
     return F.pad(log.masked_fill(~reached, -torch.inf).exp()[:, :, :-1], (0, 0, 1, 0))
 
 
+def _inside_documents(
+    documents: Tensor, chunk: int, decay: Tensor, from_start: Tensor, to_end: Tensor, carry: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The four decays of a chunked scan, zero where they would lead from one document to another.
+
+    Args:
+        documents: `[b, l]`, not decreasing: two tokens of one number have no boundary between them.
+        chunk: tokens per chunk.
+        decay: from token `j` to token `i` of a chunk, `[b, h, c, q, q]`.
+        from_start: from the state that enters the chunk to token `i`, `[b, h, c, q]`.
+        to_end: from token `j` to the state that leaves the chunk, `[b, h, c, q]`.
+        carry: from the state that leaves chunk `j` to the state that enters chunk `i`, `[b, h, c, c]`.
+    """
+    # The padding at the end goes to the last document: its steps are 0.
+    padding = documents[:, -1:].expand(-1, -documents.size(1) % chunk)
+    numbers = torch.cat([documents, padding], 1).view(documents.size(0), 1, -1, chunk)
+    leaving = numbers[..., -1]
+    entering = torch.cat([numbers[..., 0, 0, None], leaving[..., :-1]], -1)
+    return (
+        decay * (numbers[..., :, None] == numbers[..., None, :]),
+        from_start * (numbers == entering[..., None]),
+        to_end * (numbers == leaving[..., None]),
+        carry * (entering[..., :, None] == leaving[..., None, :]),
+    )
+
+
 class _ChunkedScan(torch.autograd.Function):
     """The scan with its backward written out.
 
@@ -90,12 +134,21 @@ class _ChunkedScan(torch.autograd.Function):
     group, and the recurrence over chunks is one GEMM with a `[c, c]` decay matrix.  `dt_j` is folded into the decay
     from `j` on.  The gradient of the log decay needs no `[q, q]` reduction: `y_t` is proportional to `exp(cum_t)` and
     what `x_t` adds to `exp(-cum_t)`, so it is `<dy_t, y_t> - <dx_t, x_t>` (both without the skip, whose terms cancel)
-    summed from `t` to the chunk's end, plus `<dS, S>` of the state that leaves the chunk.
+    summed from `t` to the chunk's end, plus `<dS, S>` of the state that leaves the chunk.  Documents cut the decays and
+    nothing else, which leaves these proportions, and with them the whole backward, as they are.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, chunk_size: int
+        ctx: Any,
+        x: Tensor,
+        dt: Tensor,
+        A: Tensor,
+        B: Tensor,
+        C: Tensor,
+        D: Tensor,
+        chunk_size: int,
+        documents: Tensor | None,
     ) -> Tensor:
         compute = torch.promote_types(x.dtype, torch.float32)
         length = x.size(1)
@@ -108,14 +161,17 @@ class _ChunkedScan(torch.autograd.Function):
         cum = (steps * A.to(compute)[:, None, None]).cumsum(-1)
         # Above the diagonal the log decay is positive: it is cut to 0 before exp, and `scores` is 0 there.
         decay = (cum[..., :, None] - cum[..., None, :]).clamp_max_(0).exp_()
-        decay = decay.mul_(steps[..., None, :]).view(*shape, q)
+        decay = decay.mul_(steps[..., None, :])
         scores = (Cs @ Bs.mT).tril_()[:, :, None]
-        weights = torch.cat([cum.exp(), (cum[..., -1:] - cum).exp() * steps])
-        from_start, to_end = weights.view(2, *shape, 1)
+        from_start, to_end = cum.exp(), (cum[..., -1:] - cum).exp() * steps
+        carry = _chunk_decay(cum[..., -1])
+        if documents is not None:
+            decay, from_start, to_end, carry = _inside_documents(documents, q, decay, from_start, to_end, carry)
+        decay, carry = decay.view(*shape, q), carry.view(-1, c, c)
+        from_start, to_end = from_start.view(*shape, 1), to_end.view(*shape, 1)
         B_end, C_start = (Bs[:, :, None] * to_end).view(-1, q, n), (Cs[:, :, None] * from_start).view(-1, q, n)
         rows = xs.view(-1, q, p)
         added = torch.bmm(B_end.mT, rows)
-        carry = _chunk_decay(cum[..., -1]).view(-1, c, c)
         state = torch.bmm(carry, added.view(b * h, c, n * p)).view(-1, n, p)
         mixing = (scores * decay).view(b, h, c, q, q)
         mixing.diagonal(dim1=-2, dim2=-1).add_(D.to(compute)[:, None, None])
@@ -160,5 +216,5 @@ class _ChunkedScan(torch.autograd.Function):
         x_type, dt_type, B_type, C_type = ctx.dtypes
         return (
             _sequence_first(dx, length).to(x_type), _sequence_first(d_dt, length).to(dt_type), dA,
-            _sequence_first(dB, length).to(B_type), _sequence_first(dC, length).to(C_type), dD, None,
+            _sequence_first(dB, length).to(B_type), _sequence_first(dC, length).to(C_type), dD, None, None,
         )  # fmt: skip

@@ -56,7 +56,9 @@ def config(shape: ModelShape = SHAPE, *, dtype: torch.dtype = torch.float64, **o
             "normalization": "RMSNorm", "add_bias_linear": False, "activation_func": squared_relu,
             "hidden_dropout": 0.0, "attention_dropout": 0.0, "attention_softmax_in_fp32": False, "params_dtype": dtype,
             "pipeline_dtype": dtype, "bf16": dtype is torch.bfloat16, "tensor_model_parallel_size": tp,
-            "pipeline_model_parallel_size": pp, "use_cpu_initialization": True, "gradient_accumulation_fusion": False,
+            "pipeline_model_parallel_size": pp,
+            "context_parallel_size": parallel_state.get_context_parallel_world_size(),
+            "use_cpu_initialization": True, "gradient_accumulation_fusion": False,
             "masked_softmax_fusion": False, "bias_dropout_fusion": False, "persist_layer_norm": False,
             "calculate_per_token_loss": True, "batch_p2p_comm": False, "overlap_p2p_comm": False,
             "deallocate_pipeline_outputs": pp > 1, **other,
@@ -64,10 +66,10 @@ def config(shape: ModelShape = SHAPE, *, dtype: torch.dtype = torch.float64, **o
     )  # fmt: skip
 
 
-def layout_of_ranks(tp: int = 1, pp: int = 1) -> None:
+def layout_of_ranks(tp: int = 1, pp: int = 1, cp: int = 1) -> None:
     """Makes the parallel groups anew."""
     parallel_state.destroy_model_parallel()
-    parallel_state.initialize_model_parallel(tp, pp)
+    parallel_state.initialize_model_parallel(tp, pp, context_parallel_size=cp)
     model_parallel_cuda_manual_seed(7)
 
 

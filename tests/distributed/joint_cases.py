@@ -110,8 +110,8 @@ def keep_masks_on_the_stack(model: Any) -> None:
         last[:] = [mask.detach() for mask in masks]  # a graph captured here could not be walked twice
         return masks
 
-    def wrong(numbers: Any, plan: Any, x: Tensor, rotary: Any, *masks: Tensor) -> Tensor:
-        return right(numbers, plan, x, rotary, *(mask.to(x.dtype) for mask in (last if masks else ())))
+    def wrong(numbers: Any, plan: Any, x: Tensor, rotary: Any, documents: Any, *masks: Tensor) -> Tensor:
+        return right(numbers, plan, x, rotary, documents, *(mask.to(x.dtype) for mask in (last if masks else ())))
 
     stack.mask_tables.forward, stack._run = mixed, wrong
 
