@@ -15,6 +15,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--out", required=True)
     parser.add_argument("--only", default="", help="part of a layout's name")
+    parser.add_argument("--modes", nargs="+", required=True)
     arguments = parser.parse_args()
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
     from megatron_elastic.cpu import adaptation
@@ -36,13 +37,12 @@ def main() -> None:
         return mode, layout.micro, torch.float32 if layout.distributed_optimizer else torch.float64
 
     # All references first: they run on each rank by itself, in other groups than the layouts.
-    references = {
-        key: model.reference(*key) for key in dict.fromkeys(kind(w, mode) for w in wanted.values() for mode in layouts.MODES)
-    }
+    kinds = dict.fromkeys(kind(layout, mode) for layout in wanted.values() for mode in arguments.modes)
+    references = {key: model.reference(*key) for key in kinds}
     rows = []
     # Layouts with the same groups follow each other.
     for name, layout in sorted(wanted.items(), key=lambda one: (one[1].tp, one[1].pp, one[1].vp, one[1].cp)):
-        for mode in layouts.MODES:
+        for mode in arguments.modes:
             start = time.monotonic()
             for quantity, found in run.errors(mode, layout, references[kind(layout, mode)]).items():
                 limit, reason = layouts.tolerance(layout, quantity)

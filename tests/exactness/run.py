@@ -14,12 +14,14 @@ from megatron.training import global_vars
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from megatron_elastic.axes import AXES
 from megatron_elastic.forward_step import JointStep
 from megatron_elastic.metadata import Metadata
 from megatron_elastic.model import FamilyState
-from megatron_elastic.router import RouterTrainer
+from megatron_elastic.router import RouterConfig, RouterTrainer
 from tests.distributed import elastic_kit as kit
 from tests.exactness import model as small
+from tests.exactness import sizes
 from tests.exactness.layouts import Layout, quantities
 
 
@@ -53,21 +55,21 @@ def run(mode: str, layout: Layout, *, faulty: bool = False) -> dict[str, Any]:
     dtype = torch.float32 if layout.distributed_optimizer else torch.float64
     chunks = small.build(layout, dtype)
     last = dist.get_rank() == dist.get_world_size() - 1
-    router = small.new_router(seed=100 if faulty and last else small.ROUTER.seed)
+    router = small.new_router(seed=100 if faulty and last else sizes.ROUTER.seed)
     soft = mode.endswith("soft")
-    trainer = RouterTrainer(router, small.WEIGHTS) if soft else None
+    trainer = RouterTrainer(router, sizes.WEIGHTS) if soft else None
     if faulty:
         make_faulty(chunks)
     description = Metadata(
-        kind="family", shape=small.SHAPE, ffn_blocks=8, flags={}, choices=dict(small.FAMILY.choices),
-        budgets=small.FAMILY.budgets, selections=() if soft else small.SELECTIONS,
+        kind="family", shape=sizes.SHAPE, ffn_blocks=8, flags={}, choices=dict(sizes.FAMILY.choices),
+        budgets=sizes.FAMILY.budgets, selections=() if soft else sizes.SELECTIONS,
     )  # fmt: skip
     state = FamilyState(description, trainer)
-    recipe: Any = SimpleNamespace(family=small.FAMILY, temperature=1.0, budget_mode=mode.split()[0])
+    recipe: Any = SimpleNamespace(family=sizes.FAMILY, temperature=1.0, budget_mode=mode.split()[0])
     log: Any = SilentLog()
-    step = JointStep(recipe, state, small.WEIGHTS, log)
+    step = JointStep(recipe, state, sizes.WEIGHTS, log)
     if faulty:
-        router.config = small.RouterConfig(**{**vars(router.config), "check_interval": 0})
+        router.config = RouterConfig(**{**vars(router.config), "check_interval": 0})
     config = chunks[0].config
     config.finalize_model_grads_func = step.finalize
     ddp = DistributedDataParallelConfig(
@@ -83,8 +85,8 @@ def run(mode: str, layout: Layout, *, faulty: bool = False) -> dict[str, Any]:
         config.no_sync_func = [one.no_sync for one in wrapped] if layout.vp > 1 else wrapped[0].no_sync
     optimizer = get_megatron_optimizer(
         OptimizerConfig(
-            optimizer="adam", lr=small.ADAM["lr"], adam_beta1=small.ADAM["betas"][0], adam_beta2=small.ADAM["betas"][1],
-            adam_eps=small.ADAM["eps"], weight_decay=0.0, clip_grad=0.0, params_dtype=dtype,
+            optimizer="adam", lr=sizes.ADAM["lr"], adam_beta1=sizes.ADAM["betas"][0], adam_beta2=sizes.ADAM["betas"][1],
+            adam_eps=sizes.ADAM["eps"], weight_decay=0.0, clip_grad=0.0, params_dtype=dtype,
             use_distributed_optimizer=layout.distributed_optimizer,
             overlap_param_gather=layout.overlap and layout.distributed_optimizer,
         ),
@@ -100,8 +102,8 @@ def run(mode: str, layout: Layout, *, faulty: bool = False) -> dict[str, Any]:
 def steps(mode: str, layout: Layout, step: JointStep, wrapped: list[Any], optimizer: Any) -> dict[str, Any]:
     """All optimizer steps."""
     trainer, found = step.state.trainer, dict[str, Any]()
-    for number in range(small.FIRST, small.FIRST + small.STEPS):
-        global_vars._GLOBAL_ARGS = Namespace(curr_iteration=number, seq_length=small.LENGTH)
+    for number in range(sizes.FIRST, sizes.FIRST + sizes.STEPS):
+        global_vars._GLOBAL_ARGS = Namespace(curr_iteration=number, seq_length=sizes.LENGTH)
         for one in wrapped:
             one.zero_grad_buffer()
         optimizer.zero_grad()
@@ -112,24 +114,24 @@ def steps(mode: str, layout: Layout, step: JointStep, wrapped: list[Any], optimi
             data_iterator=iterators if layout.vp > 1 else iterators[0],
             model=wrapped if layout.vp > 1 else wrapped[0],
             num_microbatches=len(batches),
-            seq_length=small.LENGTH,
+            seq_length=sizes.LENGTH,
             micro_batch_size=layout.micro,
             forward_only=False,
         )
-        when = "" if number == small.FIRST else " after 5 steps"
+        when = "" if number == sizes.FIRST else " after 5 steps"
         found[f"losses{when}"] = losses(step, reported)
-        if number == small.FIRST:
+        if number == sizes.FIRST:
             found["weight gradients"] = whole(wrapped, gradients(wrapped, layout))
         # What the router's step will see, before it is made.
-        if number == small.FIRST and trainer is not None:
+        if number == sizes.FIRST and trainer is not None:
             router = trainer.router
             made = [
-                {axis: router.probabilities(b, axis, number) for axis in small.AXES} for b in range(len(small.WEIGHTS))
+                {axis: router.probabilities(b, axis, number) for axis in AXES} for b in range(len(sizes.WEIGHTS))
             ]
             found["penalty"] = torch.stack([router.penalty(b, p) for b, p in enumerate(made)]).detach()
             found["selections"] = small.chosen(router, number)
         optimizer.step()
-        if number == small.FIRST and trainer is not None:
+        if number == sizes.FIRST and trainer is not None:
             found["router gradients"] = router_gradients(trainer)
     for one in wrapped:
         if one.ddp_config.overlap_param_gather:
@@ -138,7 +140,7 @@ def steps(mode: str, layout: Layout, step: JointStep, wrapped: list[Any], optimi
     found["weights after 5 steps"] = whole(wrapped, values)
     if trainer is not None:
         found["router after 5 steps"] = {n: p.detach().clone() for n, p in trainer.router.named_parameters()}
-        found["selections after 5 steps"] = small.chosen(trainer.router, small.FIRST + small.STEPS)
+        found["selections after 5 steps"] = small.chosen(trainer.router, sizes.FIRST + sizes.STEPS)
     return found
 
 
@@ -177,7 +179,7 @@ def gradients(wrapped: list[Any], layout: Layout) -> list[dict[str, Tensor]]:
 def whole(wrapped: list[Any], local: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     """Tensors of every parameter, joined over tensor- and pipeline-parallel ranks."""
     tp_group = parallel_state.get_tensor_model_parallel_group()
-    dimensions, found = small.FAMILY.layout.parameters(), dict[str, Tensor]()
+    dimensions, found = sizes.FAMILY.layout.parameters(), dict[str, Tensor]()
     for one, tensors in zip(wrapped, local, strict=True):
         for name, tensor in tensors.items():
             full = kit.global_name(one.module, name)
