@@ -14,6 +14,8 @@ from megatron_elastic.budget import Selection
 from megatron_elastic.config import Recipe
 from megatron_elastic.distillation.roles import budget_of
 from megatron_elastic.layers.linear import TeacherTarget
+from megatron_elastic.loss_checks import check_loss
+from megatron_elastic.loss_log import LossLog
 from megatron_elastic.metrics import StepLog
 from megatron_elastic.model import ElasticHybridModel, FamilyState
 
@@ -52,6 +54,7 @@ class JointStep:
         """
         self.recipe, self.state, self.weights, self.log = recipe, state, tuple(weights), log
         self.names = [f"kd {budget.name}" for budget in recipe.family.budgets]
+        self.losses = LossLog(self.names, log.interval)
         self._target: TeacherTarget | None = None
         self._provisional: tuple[int, tuple[Selection, ...]] = (-1, ())
         self._iteration = -1
@@ -64,6 +67,7 @@ class JointStep:
     def finalize(self, model: list[Any], num_tokens: Tensor | None = None, **kwargs: Any) -> None:
         """Core's finalize, then the router's gradient: reduced and stored, overwritten where the step is rerun."""
         finalize_model_grads(model, num_tokens, **kwargs)
+        self.losses.finish()
         if self.state.trainer is not None and not self.state.metadata.selections:
             if num_tokens is None:
                 raise ValueError("calculate_per_token_loss is required: core passed no token count")
@@ -78,6 +82,7 @@ class JointStep:
         if trainer is not None and trainer.commit() and done >= trainer.router.config.iterations:
             self._decide(done)
         self.state.update(iteration=done)
+        self.losses.committed(done)
 
     def _decide(self, step: int) -> None:
         assert self.state.trainer is not None
@@ -121,10 +126,11 @@ class JointStep:
                 self._target = chunk.teacher_target(hidden)
             return hidden, self._teacher_loss
         budget = budget_of(role, len(self.names))
+        training = chunk.training
         output = model(
             tokens,
             positions,
-            **self._submodel(budget, chunk.training),
+            **self._submodel(budget, training),
             teacher=self._target if chunk.post_process else None,
             loss_mask=mask,
             temperature=self.recipe.temperature,
@@ -132,8 +138,12 @@ class JointStep:
 
         def loss(summed: Tensor) -> Loss:
             count = mask.sum()
+            check_loss(summed, count, self.recipe.family.budgets[budget].name)
+            measured = torch.stack([summed.detach().float().clamp(min=0.0), count])
+            if training:
+                self.losses.add(budget, measured)
             metrics = self._metrics(summed.device)
-            metrics[self.names[budget]] = torch.stack([summed.detach().float().clamp(min=0.0), count])
+            metrics[self.names[budget]] = measured
             scaled = summed * (self.weights[budget] * len(self.names))
             return scaled, count.to(torch.int), metrics
 
