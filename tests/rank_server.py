@@ -14,6 +14,7 @@ calls `function(rank, words, **how)`. It may wrap what it wants, there and nowhe
 """
 
 import contextlib
+import importlib
 import json
 import os
 import signal
@@ -29,8 +30,8 @@ SIGNALLED = 128
 """Added to a signal's number in the exit status of a process that the signal ended, as a shell does."""
 PATIENCE = 300.0
 """Seconds after which a run is taken for hung: no measure of speed."""
-GRACE = 30.0
-"""Seconds that the other ranks get after SIGTERM, as torchrun gives them."""
+GRACE = 5.0
+"""Seconds that the other ranks get after SIGTERM (torchrun gives them 30)."""
 
 
 class Run:
@@ -58,8 +59,9 @@ class Run:
         return self.status
 
     def text(self) -> str:
-        """Everything that the command and its ranks have written until now."""
-        return self.output.read_text(errors="replace") if self.output.exists() else ""
+        """Everything that the command, and then each rank, has written until now."""
+        files = [self.output, *sorted(self.output.parent.glob(f"{self.output.name}-rank-*"))]
+        return "".join(file.read_text(errors="replace") for file in files if file.exists())
 
     def ranks(self) -> list[int]:
         """Process ids of the ranks that run now, or ran last; each list is a process group with what they started."""
@@ -117,12 +119,17 @@ class RankServer:
         return json.loads(answer)
 
     def start(
-        self, words: Sequence[object], *, cwd: Path, hook: dict[str, Any] | None = None, output: Path | None = None
+        self, words: Sequence[object], *, cwd: Path, hooks: Sequence[dict[str, Any]] = (), output: Path | None = None
     ) -> Run:
-        """Starts `megatron-elastic WORDS` in a folder; its output goes to a file (default: `output.txt` there)."""
+        """Starts `megatron-elastic WORDS` in a folder.
+
+        Its output goes to a file (default: `output.txt` there), a rank's to that name and `-rank-N`: side by side in
+        one file they would write into each other's lines.
+        """
         path = output or cwd / "output.txt"
-        path.unlink(missing_ok=True)
-        pid = self.ask(start=list(map(str, words)), cwd=str(cwd), output=str(path), hook=hook)
+        for old in path.parent.glob(f"{path.name}*"):
+            old.unlink()
+        pid = self.ask(start=list(map(str, words)), cwd=str(cwd), output=str(path), hooks=list(hooks))
         self._runs.append(Run(self, pid, cwd, path))
         return self._runs[-1]
 
@@ -134,7 +141,7 @@ class RankServer:
 
 
 def hook(function: str, **how: Any) -> dict[str, Any]:
-    """What `RankServer.start` takes as a hook: `module:function` and its arguments (JSON)."""
+    """One of the hooks that `RankServer.start` takes: `module:function` and its arguments (JSON)."""
     return {"function": function, "how": how}
 
 
@@ -161,11 +168,20 @@ def _leave(words: Sequence[str]) -> NoReturn:
     os._exit(status if isinstance(status, int) else int(status is not None))
 
 
-def _fork_rank(words: Sequence[str], rank: int, ranks: int, port: int, group: int, what: dict[str, Any] | None) -> int:
+def _write_to(path: str) -> None:
+    """Sends this process's output, and that of what it starts, to the end of a file."""
+    target = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    for number in (1, 2):
+        os.dup2(target, number)
+    os.close(target)
+
+
+def _fork_rank(words: Sequence[str], rank: int, ranks: int, port: int, group: int, request: dict[str, Any]) -> int:
     pid = os.fork()
     if pid:
         return pid
     os.setpgid(0, group)
+    _write_to(f"{request['output']}-rank-{rank}")
     for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
         signal.signal(number, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -177,13 +193,13 @@ def _fork_rank(words: Sequence[str], rank: int, ranks: int, port: int, group: in
 
     # Forked here; core would spawn it at the first save: seconds in which another process imports torch.
     filesystem_async.get_write_results_queue("fork")
-    if what is not None:
-        module, _, function = what["function"].partition(":")
-        getattr(sys.modules.get(module) or __import__(module, fromlist=["_"]), function)(rank, words, **what["how"])
+    for each in request["hooks"]:
+        module, _, function = each["function"].partition(":")
+        getattr(importlib.import_module(module), function)(rank, words, **each["how"])
     _leave(words)
 
 
-def _run_ranks(words: Sequence[object], *, ranks: int, what: str, how: dict[str, Any] | None) -> None:
+def _run_ranks(words: Sequence[object], *, ranks: int, what: str, request: dict[str, Any]) -> None:
     """Stands for `launch.run_ranks`: the same, without torchrun. The ranks are a process group of their own."""
     from megatron_elastic.cli import launch
     from megatron_elastic.errors import ElasticError
@@ -193,7 +209,7 @@ def _run_ranks(words: Sequence[object], *, ranks: int, what: str, how: dict[str,
     running: dict[int, int] = {}
     leader = 0
     for rank in range(ranks):
-        pid = _fork_rank(texts, rank, ranks, port, leader, how)
+        pid = _fork_rank(texts, rank, ranks, port, leader, request)
         leader = leader or pid
         running[pid] = rank
     print("rank-server:", *running, flush=True)
@@ -232,15 +248,14 @@ def _start(request: dict[str, Any]) -> int:
     os.setsid()
     os.chdir(request["cwd"])
     sys.argv = ["megatron-elastic"]
-    target = os.open(request["output"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    _write_to(request["output"])
     nothing = os.open(os.devnull, os.O_RDONLY)
-    for number, source in enumerate((nothing, target, target)):
-        os.dup2(source, number)
+    os.dup2(nothing, 0)
     os.closerange(3, 64)
     from megatron_elastic.cli import launch
 
     def run_ranks(words: Sequence[object], *, ranks: int, what: str, log: Path) -> None:
-        _run_ranks(words, ranks=ranks, what=what, how=request["hook"])
+        _run_ranks(words, ranks=ranks, what=what, request=request)
 
     launch.run_ranks = run_ranks
     _leave(request["start"])
