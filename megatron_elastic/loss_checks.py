@@ -15,9 +15,10 @@ SPIKE = 10.0
 def check_loss(summed: Tensor, count: Tensor, budget: str) -> None:
     """Validates one microbatch's KD loss of one budget on the rank that computed it, as Megatron's loss functions do.
 
-    The state machine names rank and iteration, reruns the step (`--rerun-mode`), and ends the run where a loss stays
-    NaN or infinite. It validates nothing in the first step after a start, which it could not rerun from a checkpoint:
-    such a loss ends the run here, before it gets into weights and checkpoint.
+    The state machine reruns the step (`--rerun-mode`), and ends the run where a loss stays NaN or infinite. It
+    validates nothing in the first step after a start, which it could not rerun from a checkpoint: such a loss ends the
+    run here, before it gets into weights and checkpoint. The message has iteration and rank, since the iteration that
+    the state machine itself tells is one too high.
 
     Args:
         summed: loss summed over tokens, 0-dim.
@@ -29,18 +30,18 @@ def check_loss(summed: Tensor, count: Tensor, budget: str) -> None:
     """
     args = get_args()
     machine = get_rerun_state_machine()
+    where = f"iteration {args.curr_iteration + 1}, rank {torch.distributed.get_rank()}: the KD loss of budget {budget}"
     if args.check_for_nan_in_loss_and_grad:
         for rejected, word in ((torch.isnan, "NaN"), (torch.isinf, "infinite")):
-            message = f"the KD loss of budget {budget} is {word}"
+            message = f"{where} is {word}"
             machine.validate_result(summed.detach(), rejected, message, tolerance=0.0, fatal=True)
             if not machine.first_iteration_complete and rejected(summed):
                 raise RuntimeError(
-                    f"Rank {torch.distributed.get_rank()}, iteration {args.curr_iteration + 1}: {message}. The first "
-                    "step after a start cannot be rerun; nothing was saved: start again from the last checkpoint"
+                    f"{message}. The first step after a start cannot be rerun; nothing was saved: start again from the "
+                    "last checkpoint"
                 )
     if args.check_for_spiky_loss:
         spiky: Callable[[Tensor], bool] = functools.partial(
             machine.is_unexpectedly_large, threshold=SPIKE, context=f"KD loss of budget {budget}"
         )
-        message = f"the KD loss of budget {budget} is spiky"
-        machine.validate_result(summed.detach() / count, spiky, message, tolerance=0.0, fatal=False)
+        machine.validate_result(summed.detach() / count, spiky, f"{where} is spiky", tolerance=0.0, fatal=False)

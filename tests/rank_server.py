@@ -179,6 +179,7 @@ def _write_to(path: str) -> None:
 def _fork_rank(words: Sequence[str], rank: int, ranks: int, port: int, group: int, request: dict[str, Any]) -> int:
     pid = os.fork()
     if pid:
+        os.setpgid(pid, group or pid)  # before the next rank asks to join; again in the child, whichever comes first
         return pid
     os.setpgid(0, group)
     _write_to(f"{request['output']}-rank-{rank}")

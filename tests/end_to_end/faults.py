@@ -226,14 +226,15 @@ def spoil_loss(
 def reject_once(rank: int, words: Sequence[str], *, victim: int, iteration: int) -> None:
     """Makes one rank's validation reject a good loss once, without being fatal: the step is rerun and goes on."""
     from megatron.core.rerun_state_machine import RerunState, RerunStateMachine
+    from megatron.training import get_args
 
     validate = RerunStateMachine.validate_result
 
-    def validate_result(self: Any, result: Any, rejected: Any, *args: Any, **kwargs: Any) -> None:
-        if rank == victim and self.current_iteration + 1 == iteration:
+    def validate_result(self: Any, result: Any, rejection_func: Any, message: str, **kwargs: Any) -> None:
+        if rank == victim and get_args().curr_iteration + 1 == iteration and "KD loss" in message:
             first = self.state is RerunState.INITIAL_RUN
-            return validate(self, result, lambda _: first, *args, **{**kwargs, "fatal": False})
-        return validate(self, result, rejected, *args, **kwargs)
+            return validate(self, result, lambda _: first, message, **{**kwargs, "fatal": False})
+        return validate(self, result, rejection_func, message, **kwargs)
 
     RerunStateMachine.validate_result = validate_result
 
@@ -265,9 +266,10 @@ def watch(rank: int, words: Sequence[str]) -> None:
 
     def next_(self: Any) -> Any:
         batch = read(self)
+        role = next(int(batch[key][0]) for key in ("role", "budget") if key in batch)
         text = zlib.crc32(batch["tokens"].numpy().tobytes())
         again = "again" if self.replaying else "first"
-        print(f"watch | read {again} | {text:08x} {int(batch['role'][0])}", flush=True)
+        print(f"watch | read {again} | {text:08x} {role}", flush=True)
         return batch
 
     def teacher_forward(self: Any, *args: Any, **kwargs: Any) -> Any:

@@ -180,6 +180,8 @@ def kill_and_resume(server: RankServer, folder: Path, moment: Moment, reference:
         return Outcome(accepted, newest, tuple(faults))
     for mine, theirs in zip((losses, rates, judged), told(resumed.text()), strict=True):
         mine.update(theirs)
+    # A stage whose last checkpoint was saved is done: the evaluation after it is not made again.
+    judged = {**{iteration: reference.judged[iteration] for iteration in set(reference.judged) - {LAST}}, **judged}
     for name, mine, theirs in (
         ("losses", losses, reference.losses), ("learning rates", rates, reference.rates),
         ("evaluations", judged, reference.judged),
