@@ -1,5 +1,6 @@
 """Megatron's flags in a recipe: the model they describe, and the one table of those that elastic training refuses."""
 
+import importlib.util
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -36,6 +37,10 @@ def _over_one(value: Any) -> bool:
 
 def _not(*allowed: Any) -> Callable[[Any], bool]:
     return lambda value: value not in allowed
+
+
+def _without(package: str, needed_by: str) -> Callable[[Any], bool]:
+    return lambda value: value == needed_by and importlib.util.find_spec(package) is None
 
 
 _OWNED = "set by the elastic section (stages, data, save): remove it here"
@@ -81,6 +86,16 @@ REFUSALS: tuple[Refusal, ...] = (
         "attention-dropout",
         _not(0, 0.0),
         "must be 0: with dropout what trains is not what is cut (core's default is 0.1)",
+    ),
+    Refusal(
+        "async-strategy",
+        _without("nvidia_resiliency_ext", "nvrx"),
+        "nvidia-resiliency-ext is not installed: leave the flag out (mcore is the default here), or install it",
+    ),
+    Refusal(
+        "rerun-mode",
+        _not(None, "disabled", "validate_results"),
+        "core's parser and core's own code name it differently",
     ),
     # Parents that no elastic layer carries.
     Refusal("mtp-num-layers", _given, f"multi-token prediction: {_NO_LAYER}"),

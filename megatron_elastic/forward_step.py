@@ -15,7 +15,8 @@ from megatron_elastic.budget import Selection
 from megatron_elastic.config import Recipe
 from megatron_elastic.distillation.roles import TEACHER
 from megatron_elastic.layers.linear import TeacherTarget
-from megatron_elastic.meter import BudgetMeter
+from megatron_elastic.loss_checks import check_loss
+from megatron_elastic.loss_log import LossLog
 from megatron_elastic.metrics import StepLog
 from megatron_elastic.model import ElasticHybridModel, FamilyState
 from megatron_elastic.ops.packing import documents_from_cu_seqlens
@@ -59,7 +60,7 @@ class JointStep:
         self.recipe, self.state, self.weights, self.log = recipe, state, tuple(weights), log
         self.names = [f"kd {budget.name}" for budget in recipe.family.budgets]
         self.sampled = recipe.budget_mode == "sampled"
-        self.meter = BudgetMeter(len(self.names))
+        self.losses = LossLog(self.names, log.interval)
         self._target: TeacherTarget | None = None
         self._provisional: tuple[int, tuple[Selection, ...]] = (-1, ())
         self._iteration = -1
@@ -72,6 +73,7 @@ class JointStep:
     def finalize(self, model: list[Any], num_tokens: Tensor | None = None, **kwargs: Any) -> None:
         """Core's finalize, then the router's gradient: reduced and stored, overwritten where the step is rerun."""
         finalize_model_grads(model, num_tokens, **kwargs)
+        self.losses.finish()
         trainer, world = self.state.trainer, torch.distributed.group.WORLD
         if trainer is not None and not self.state.metadata.selections:
             if num_tokens is None:
@@ -82,8 +84,6 @@ class JointStep:
                 # Every rank is here: a collective at the start of a step would wait for stages that wait for this one.
                 trainer.check_replicas(self._iteration, world)
             trainer.reduce(num_tokens, world)
-        if self.sampled:
-            self.meter.finish(world)
 
     def _after_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         """Runs when an optimizer has stepped: the backbone's commits the iteration, and only then the router steps."""
@@ -94,6 +94,9 @@ class JointStep:
         if trainer is not None and trainer.commit() and done >= trainer.router.config.iterations:
             self._decide(done)
         self.state.update(iteration=done)
+        means = self.losses.committed(done)
+        if self.sampled:
+            self.log.write(means, done)
 
     def _decide(self, step: int) -> None:
         assert self.state.trainer is not None
@@ -103,9 +106,6 @@ class JointStep:
     def _begin(self, iteration: int) -> None:
         if iteration != self._iteration:
             self._iteration = iteration
-            if self.sampled:
-                self.meter.commit()
-                self.log.sampled(iteration, self.names, self.meter)
             self.log.step(iteration, self.state)
 
     def _submodel(self, budget: int, training: bool) -> dict[str, Any]:
@@ -161,9 +161,11 @@ class JointStep:
 
         def loss(summed: Tensor) -> Loss:
             count = mask.sum()
+            check_loss(summed, count, self.recipe.family.budgets[budget].name)
             measured = torch.stack([summed.detach().float().clamp(min=0.0), count])
+            if training:
+                self.losses.add(budget, measured)
             if self.sampled and training:
-                self.meter.add(budget, measured)
                 return summed, count.to(torch.int), {SAMPLED: measured}
             metrics = self._metrics(summed.device)
             metrics[self.names[budget]] = measured

@@ -136,6 +136,28 @@ def _mend_shared_step() -> None:
     _replace_method("load_state_dict", make)
 
 
+def _skipping_reads_on_one_rank() -> bool:
+    from megatron.training import training
+
+    return "if tp_rank == 0:" in inspect.getsource(training.dummy_train_step)
+
+
+def _mend_skipping() -> None:
+    from megatron.core.num_microbatches_calculator import get_num_microbatches
+    from megatron.core.rerun_state_machine import get_rerun_state_machine
+    from megatron.training import training
+
+    def dummy_train_step(data_iterator: Any) -> None:
+        """Reads a step's microbatches and does nothing with them, on every rank that has text."""
+        chunks = data_iterator if isinstance(data_iterator, list) else [data_iterator]
+        while get_rerun_state_machine().should_run_forward_backward(data_iterator):
+            for iterator in filter(None, chunks):
+                for _ in range(get_num_microbatches()):
+                    next(iterator)
+
+    training.dummy_train_step = dummy_train_step
+
+
 DEFECTS = (
     Defect(
         "dataset helpers without a Makefile",
@@ -163,6 +185,13 @@ DEFECTS = (
         "load_state_dict gives every parameter the same `step` tensor: Adam's count advances once per parameter",
         lambda: _torch_optimizer_without("load_state_dict", 's["step"] = step\n'),
         _mend_shared_step,
+    ),
+    Defect(
+        "a skipped iteration read by one rank",
+        "--iterations-to-skip reads the skipped text on the first tensor-parallel rank alone: with a data provider on "
+        "every rank (is_distributed) the ranks read different text from then on",
+        _skipping_reads_on_one_rank,
+        _mend_skipping,
     ),
 )
 

@@ -1,7 +1,7 @@
 """What a run says besides Megatron's own log: the router over steps, its decision, the accounting in base samples."""
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -11,7 +11,6 @@ from megatron_elastic.axes import AXES
 from megatron_elastic.config import Recipe
 from megatron_elastic.cost_model import forward_flops_per_token, parameters
 from megatron_elastic.metadata import Metadata
-from megatron_elastic.meter import BudgetMeter
 
 
 def joint_flops_per_token(recipe: Recipe, metadata: Metadata, sequence_length: int) -> int:
@@ -59,22 +58,13 @@ class StepLog:
         self._since = iteration, now
         self._say(text)
 
-    def sampled(self, iteration: int, names: Sequence[str], meter: BudgetMeter) -> None:
-        """Called before each optimizer step of a run that draws budgets: tells each one's mean since the last time."""
-        if iteration % self.interval:
-            return
-        found = {name: mean for name, mean in zip(names, meter.means(), strict=True) if mean is not None}
-        if found:
-            told = " | ".join(f"{name}: {mean:.6E}" for name, mean in found.items())
-            self._say(f"elastic | iteration {iteration} | {told}")
-            self._write(found, iteration)
-
-    def _write(self, values: Mapping[str, float], iteration: int) -> None:
+    def write(self, values: Mapping[str, float], iteration: int) -> None:
+        """Adds values to TensorBoard and wandb, on the rank that has them."""
         writer, wandb = get_tensorboard_writer(), get_wandb_writer()
         for name, value in values.items():
             if writer is not None:
                 writer.add_scalar(name, value, iteration)
-        if wandb:
+        if wandb and values:
             wandb.log(dict(values), iteration)
 
     def _router(self, iteration: int, state: Any) -> None:
@@ -90,7 +80,7 @@ class StepLog:
                     for choice, probability in zip(router.choices[axis], made[axis].tolist(), strict=True):
                         values[f"router/{budget.name}/{axis}/{choice}"] = probability
                 values[f"router/{budget.name}/cost_over_target"] = router.expected_cost(index, made).item()
-        self._write(values, iteration)
+        self.write(values, iteration)
 
     def decided(self, iteration: int, metadata: Metadata) -> None:
         """Called once, when the router is frozen."""

@@ -252,7 +252,8 @@ class ElasticHybridModel(HybridModel):
         replica = groups.pp.rank(), groups.tp.rank(), groups.dp_cp.rank()
         for state in self.states:
             for key, tensor in state.tensors().items():
-                found[key] = ShardedTensor.from_rank_offsets(key, tensor, replica_id=replica)
+                # A copy: an asynchronous save reads host memory (AdamW's step counts) while training goes on.
+                found[key] = ShardedTensor.from_rank_offsets(key, tensor.clone(), replica_id=replica)
         return found
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, **kwargs: Any) -> Any:

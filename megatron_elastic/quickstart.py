@@ -223,7 +223,9 @@ class Job:
         for number in range(self.recipe.stage_of(position.tracked(self.scratch_run)), len(stages) + 1):
             words = ["_scratch", RECIPE, "--stage", number, "--budget", name, "--save", self.scratch_run]
             log = LOGS / f"scratch-stage-{number}.log"
-            run_ranks(words, ranks=self.ranks, what=f"stage {number} from scratch", log=log)
+            begin, end = position.tracked(self.scratch_run), self.recipe.iterations_before(number + 1)
+            with position.stops(self.scratch_run, begin, end, self.recipe.iterations_before(len(stages) + 1)):
+                run_ranks(words, ranks=self.ranks, what=f"stage {number} from scratch", log=log)
         shape = self.recipe.family.shape.resized(self.family.selection_of(name).as_dict())
         cut(
             self.scratch_run,

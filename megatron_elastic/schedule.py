@@ -25,6 +25,13 @@ LOCAL_BACKEND_FLAGS: Mapping[str, Any] = {
 }
 """What the local backend needs, unless a recipe says otherwise."""
 
+STOP_FLAGS: Mapping[str, Any] = {"exit-signal-handler": True}
+"""SIGTERM ends a run after the step it is in, with a checkpoint; a recipe may turn that off."""
+
+ASYNC_SAVE_FLAGS: Mapping[str, Any] = {"async-strategy": "mcore", "use-persistent-ckpt-worker": True}
+"""What a recipe's `async-save` needs, unless the recipe says otherwise: core's default strategy is a package apart, and
+without the worker core saves synchronously after all."""
+
 CPU_FLAGS: Mapping[str, Any] = {"distributed-backend": "gloo", "use-cpu-initialization": True, "num-workers": 0}
 
 
@@ -59,6 +66,8 @@ def stage_flags(
     warmup = int(flags.get("lr-warmup-iters", 0)) * stages[0].global_batch_size
     made = {
         **LOCAL_BACKEND_FLAGS,
+        **STOP_FLAGS,
+        **(ASYNC_SAVE_FLAGS if flags.get("async-save") else {}),
         **({} if cuda else CPU_FLAGS),
         **flags,
         "train-iters": sum(s.iterations for s in stages[:number]),

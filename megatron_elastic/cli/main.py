@@ -24,7 +24,7 @@ training."""
 EPILOG = """\
 `megatron-elastic COMMAND --help` tells what a command reads and writes.
 Exit status: 0 done; 1 it could not be done, one message says why; 2 bad usage or a bad recipe, with
-every fault listed; 130 interrupted."""
+every fault listed; 130 stopped by Ctrl-C or SIGTERM, the same command goes on."""
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -81,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ElasticError as error:
         print(f"megatron-elastic: error: {error}", file=sys.stderr)
         return 2 if isinstance(error, RecipeError) else 1
-    except KeyboardInterrupt:
-        print("megatron-elastic: interrupted; run the same command again to go on", file=sys.stderr)
+    except KeyboardInterrupt as stop:
+        print(f"megatron-elastic: {str(stop) or 'interrupted'}; run the same command again to go on", file=sys.stderr)
         return 130
     return status

@@ -1,6 +1,7 @@
 """How far a run has come, from the files it left, without starting Megatron where that can be told without."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,23 @@ def default_ranks(flags: Mapping[str, Any]) -> int:
     """All GPUs, or, without a GPU, as many ranks as one copy of the model takes."""
     one = int(flags.get("tensor-model-parallel-size", 1)) * int(flags.get("pipeline-model-parallel-size", 1))
     return gpu_count() or one
+
+
+@contextmanager
+def stops(save: str | Path, begin: int, end: int, total: int) -> Iterator[None]:
+    """Around ranks that train from iteration `begin` to `end`, of `total`: says where they were stopped.
+
+    Megatron saves and ends with status 0 when a rank gets SIGTERM (or at `exit-interval`, `exit-duration-in-mins`).
+
+    Raises:
+        KeyboardInterrupt: interrupted here, or the ranks have ended before their last iteration with a checkpoint.
+    """
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"stopped at iteration {tracked(save)} of {total}") from None
+    if begin < tracked(save) < end:
+        raise KeyboardInterrupt(f"stopped at iteration {tracked(save)} of {total}")
 
 
 def logs(save: str | Path) -> Path:

@@ -32,6 +32,7 @@ def pretrain(path: Path, ranks: int | None = None) -> bool:
     Raises:
         RecipeError: the recipe has faults, or no `pretrain` section.
         ElasticError: the training failed.
+        KeyboardInterrupt: stopped before its end, saying where.
     """
     from megatron_elastic.cli import position
     from megatron_elastic.config import load_recipe
@@ -45,7 +46,9 @@ def pretrain(path: Path, ranks: int | None = None) -> bool:
         return False
     position.check_data(recipe)
     log = position.logs(recipe.pretrain.save) / "pretrain.log"
-    launch.run_ranks(["_pretrain", path], ranks=ranks, what="training the parent", log=log)
+    save, end = recipe.pretrain.save, recipe.pretrain.iterations
+    with position.stops(save, position.tracked(save), end, end):
+        launch.run_ranks(["_pretrain", path], ranks=ranks, what="training the parent", log=log)
     return True
 
 

@@ -13,7 +13,9 @@ Train the family that the recipe describes, from the sorted parent (elastic.pare
 elastic.save, with Megatron's pretrain(): one run of its own for every stage. Stages that are done
 are left out, and an interrupted stage goes on from its newest checkpoint. Under torchrun it is one
 of the ranks and makes one stage, the current one: start it once a stage. Otherwise it starts the
-ranks. Output: logs/train-stage-N.log beside the family's folder; TensorBoard: SAVE/tensorboard."""
+ranks. Ctrl-C or SIGTERM end it after the step it is in, with a checkpoint, and exit status 130: the
+same command goes on from there. Output: logs/train-stage-N.log beside the family's folder;
+TensorBoard: SAVE/tensorboard."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -32,6 +34,7 @@ def train(path: Path, ranks: int | None = None) -> bool:
     Raises:
         RecipeError: the recipe has faults.
         ElasticError: the parent, the data or a foreign family in the way; or the training failed.
+        KeyboardInterrupt: stopped before its end, saying where.
     """
     from megatron_elastic.cli import position
     from megatron_elastic.config import load_recipe
@@ -49,8 +52,9 @@ def train(path: Path, ranks: int | None = None) -> bool:
         print(f"stage {number} of {len(recipe.stages)}: {recipe.stages[number - 1].iterations} iterations", flush=True)
         log = position.logs(recipe.save) / f"train-stage-{number}.log"
         words = ["_stage", path, "--stage", number]
-        launch.run_ranks(words, ranks=ranks, what=f"stage {number} of the elastic run", log=log)
-        end = recipe.iterations_before(number + 1)
+        begin, end = position.tracked(recipe.save), recipe.iterations_before(number + 1)
+        with position.stops(recipe.save, begin, end, recipe.iterations_before(len(recipe.stages) + 1)):
+            launch.run_ranks(words, ranks=ranks, what=f"stage {number} of the elastic run", log=log)
         if position.tracked(recipe.save) < end:
             raise ElasticError(f"stage {number} ended before iteration {end} was saved: see {log}, and run this again")
     return first <= len(recipe.stages)

@@ -69,7 +69,11 @@ REPLACED_NAMES = (
 )
 """Everything that `install` replaces."""
 
+_WRITER = "megatron.core.dist_checkpointing.strategies.filesystem_async.FileSystemWriterAsync"
+
 REPLACED_FOR_TRAINING = (
+    f"{_WRITER}.preload_tensors",
+    "megatron.training.initialize.init_persistent_async_worker",
     "megatron.training.training.initialize_megatron",
     "megatron.training.arguments.get_device_arch_version",
 )
@@ -202,6 +206,29 @@ def install() -> None:
     logging.getLogger(random.__name__).addFilter(_is_not_about_cpu_rng)
 
 
+def _forked_worker(start: Callable[..., None]) -> Callable[..., None]:
+    """The writer of asynchronous saves as a fork, which has this adaptation: a fresh process would ask for a GPU."""
+
+    @functools.wraps(start)
+    def init_persistent_async_worker(rank: int, mp_mode: str = "fork") -> None:
+        start(rank, "fork")
+
+    return init_persistent_async_worker
+
+
+def _copies(preload: Callable[..., list[Any]]) -> Callable[..., list[Any]]:
+    """The copy from device to host that a save begins with: of a CPU tensor `.to("cpu")` is none."""
+
+    @functools.wraps(preload)  # with its name, by which it is sent to the writer
+    def preload_tensors(write_buckets: list[Any], non_blocking: bool = True) -> list[Any]:
+        return [
+            (file, key, (objects, [(item, tensor.clone()) for item, tensor in tensors]))
+            for file, key, (objects, tensors) in preload(write_buckets, non_blocking)
+        ]
+
+    return preload_tensors
+
+
 def install_training() -> None:
     """`install`, and what `megatron.training.pretrain` asks of a device. A second call does nothing.
 
@@ -209,10 +236,13 @@ def install_training() -> None:
         ElasticError: where CUDA is available.
     """
     install()
-    from megatron.training import arguments, training
+    from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
+    from megatron.training import arguments, initialize, training
 
     if isinstance(training.initialize_megatron, functools.partial):
         return
     training.initialize_megatron = functools.partial(training.initialize_megatron, allow_no_cuda=True)
     # Decides only whether CUDA_DEVICE_MAX_CONNECTIONS=1 is demanded.
     arguments.get_device_arch_version = lambda: 10
+    initialize.init_persistent_async_worker = _forked_worker(initialize.init_persistent_async_worker)
+    FileSystemWriterAsync.preload_tensors = staticmethod(_copies(FileSystemWriterAsync.preload_tensors))

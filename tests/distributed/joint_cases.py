@@ -28,6 +28,8 @@ STEP = 4
 class SilentLog:
     """A `StepLog` that says nothing."""
 
+    interval = 1000
+
     def step(self, *_: Any) -> None:
         """Nothing."""
 
@@ -138,7 +140,9 @@ def joint(mode: str, tp: int, pp: int, *, ambient: bool = False, **config: Any) 
         model.config, DistributedDataParallelConfig(grad_reduce_in_fp32=False, overlap_grad_reduce=False), model
     )
     wrapped.zero_grad_buffer()
-    global_vars._GLOBAL_ARGS = Namespace(curr_iteration=STEP)
+    global_vars._GLOBAL_ARGS = Namespace(
+        curr_iteration=STEP, check_for_nan_in_loss_and_grad=False, check_for_spiky_loss=False
+    )
     reduced = run_schedule(step, wrapped)
     found: dict[str, Any] = {"grads": gathered(model)}
     if trainer is not None:

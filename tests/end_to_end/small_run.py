@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import yaml
 
+from megatron_elastic.checkpoint import find_checkpoint, read_tensor, tensor_names
 from megatron_elastic.corpus import build_corpus
 from megatron_elastic.layout import Layout, ModelShape
 from tests.unit import small_parent
@@ -42,7 +43,11 @@ SHAPE = ModelShape(
 )  # fmt: skip
 
 
-def prepare(folder: Path, **elastic: Any) -> None:
+WITHOUT_WANDB = {flag: None for flag in MEGATRON if flag.startswith("wandb")}
+"""For `write_recipe`: wandb starts a service of its own, which outlives a killed rank."""
+
+
+def prepare(folder: Path, megatron: dict[str, Any] | None = None, **elastic: Any) -> None:
     """Text, a random parent and the recipe."""
     build_corpus(folder / "corpus", text=ROOT / "megatron_elastic", vocab_size=VOCABULARY, validation_fraction=0.2)
     generator = torch.Generator().manual_seed(1)
@@ -53,12 +58,30 @@ def prepare(folder: Path, **elastic: Any) -> None:
         positive = any(part in name for part in ("norm", "A_log", "dt_bias", "mixer.D"))
         weights[name] = torch.ones(size) if positive else torch.randn(size, generator=generator) * 0.05
     small_parent.write(folder / "sorted", weights, layout=layout)
-    write_recipe(folder, **elastic)
+    write_recipe(folder, megatron, **elastic)
 
 
-def write_recipe(folder: Path, **elastic: Any) -> None:
-    """The recipe, with keys of the elastic section on top."""
-    (folder / "recipe.yaml").write_text(yaml.safe_dump({"megatron": MEGATRON, "elastic": {**ELASTIC, **elastic}}))
+def write_recipe(folder: Path, megatron: dict[str, Any] | None = None, **elastic: Any) -> None:
+    """The recipe, with flags of Megatron (None removes one) and keys of the elastic section on top."""
+    flags = {flag: value for flag, value in {**MEGATRON, **(megatron or {})}.items() if value is not None}
+    (folder / "recipe.yaml").write_text(yaml.safe_dump({"megatron": flags, "elastic": {**ELASTIC, **elastic}}))
+
+
+def state(folder: Path, iteration: int | None = None) -> dict[str, torch.Tensor]:
+    """Everything in the newest (or the given) checkpoint of the family but random number states.
+
+    Weights, the router, the description, and both optimizers.
+    """
+    name = "family" if iteration is None else f"family/iter_{iteration:07d}"
+    path = find_checkpoint(folder / name)
+    return {name: read_tensor(path, name) for name in tensor_names(path) if "rng" not in name}
+
+
+def different(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> list[str]:
+    """Names whose tensors are not equal bit for bit, or that only one side has."""
+    both = set(one) & set(other)
+    found = [name for name in both if one[name].dtype != other[name].dtype or not torch.equal(one[name], other[name])]
+    return sorted({*found, *(set(one) ^ set(other))})
 
 
 def train(folder: Path) -> subprocess.CompletedProcess[str]:

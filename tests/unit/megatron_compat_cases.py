@@ -8,7 +8,7 @@ import torch
 from megatron_elastic import megatron_compat
 from megatron_elastic.errors import ElasticError
 
-HELPERS, BEFORE_FIRST_STEP, INTO_LEAVES, SHARED_STEP = megatron_compat.DEFECTS
+HELPERS, BEFORE_FIRST_STEP, INTO_LEAVES, SHARED_STEP, SKIPPING = megatron_compat.DEFECTS
 OPTIMIZER_DEFECTS = {
     "sharded_state_dict": BEFORE_FIRST_STEP,
     "_set_main_param_and_optimizer_states": INTO_LEAVES,
@@ -75,6 +75,23 @@ def test_helpers_that_are_not_compiled_are_left_alone(utils, monkeypatch, tmp_pa
     monkeypatch.setattr(utils, "__file__", str(tmp_path / "utils.py"))
     monkeypatch.setattr(megatron_compat.importlib.util, "find_spec", lambda name: None)
     assert not HELPERS.present()
+
+
+def test_a_skipped_iteration_is_read_on_every_rank(monkeypatch):
+    from megatron.core import num_microbatches_calculator
+    from megatron.training import training
+
+    monkeypatch.setattr(training, "dummy_train_step", training.dummy_train_step)
+    assert SKIPPING.present()
+    monkeypatch.setattr(num_microbatches_calculator, "get_num_microbatches", lambda: 3)
+    SKIPPING.mend()
+    assert not SKIPPING.present()
+    one, other = iter(range(10)), iter(range(10))
+    training.dummy_train_step([one, None, other])
+    assert (next(one), next(other)) == (3, 3)
+    training.dummy_train_step(one)
+    training.dummy_train_step(None)
+    assert next(one) == 7
 
 
 @pytest.mark.parametrize("name", OPTIMIZER_DEFECTS)

@@ -36,6 +36,8 @@ REFUSED_AND_ALLOWED: dict[str, tuple[Any, Any]] = {
     "sft": (True, None),
     "hidden-dropout": (0.1, 0.0),
     "attention-dropout": (None, 0),
+    "async-strategy": ("nvrx", "mcore"),
+    "rerun-mode": ("report_stats", "validate_results"),
     "mtp-num-layers": (1, None),
     "num-experts": (4, None),
     "untie-embeddings-and-output-weights": (None, True),

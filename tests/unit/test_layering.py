@@ -32,6 +32,8 @@ LEVELS = {
     "distillation": 6,
     "schedule": 6,
     "forward_step": 7,
+    "loss_checks": 7,
+    "loss_log": 7,
     "metrics": 7,
     "training": 7,
 }
@@ -55,7 +57,8 @@ TOP = {"cli", "quickstart", "__main__"}
 # `import` of these works with torch alone: they are read, tested and used on machines without the engine.
 TORCH_ONLY = {name for name, level in LEVELS.items() if level <= 4} | {"corpus", "documents", "extraction", "sorting"}
 TORCH_ONLY_PACKAGES = {"torch", "numpy", "yaml"} | set(sys.stdlib_module_names)
-TRAINING_IMPORTERS = {"training", "forward_step", "metrics", "evaluation", "importance", "standalone"} | ENGINE
+TRAINING_IMPORTERS = {"training", "forward_step", "loss_checks", "metrics", "evaluation", "importance", "standalone"}
+TRAINING_IMPORTERS |= ENGINE
 # The model's configuration and builder are registered under megatron.training.models: that part is open to the model.
 MODELS_IMPORTERS = {"model"}
 

@@ -14,16 +14,18 @@ from megatron_elastic.errors import ElasticError
 ROOT = Path(__file__).resolve().parents[3]
 
 SNAPSHOT = """
-import importlib, sys
+import importlib, pydoc, sys
 import torch, torch._dynamo, torch.cuda.random
 import megatron.training.training, megatron.training.arguments, megatron.training.checkpointing
 from megatron_elastic.cpu import adaptation
 
 OWNERS = ["torch", "torch.Tensor", "torch.cuda", "torch.cuda.random", "torch.nn.functional", "torch.distributed"]
 OWNERS += sorted(name for name in sys.modules if name.startswith("megatron."))
+WRITER = "megatron.core.dist_checkpointing.strategies.filesystem_async.FileSystemWriterAsync"
+OWNERS.append(WRITER)
 
 def owner(name):
-    return torch.Tensor if name == "torch.Tensor" else importlib.import_module(name)
+    return pydoc.locate(name) if name in ("torch.Tensor", WRITER) else importlib.import_module(name)
 
 def snapshot():
     found = {f"{name}.{key}": value for name in OWNERS for key, value in list(vars(owner(name)).items())}
