@@ -3,8 +3,9 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from math import lcm
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 
@@ -112,7 +113,24 @@ BUDGET_MODES = ("joint", "sampled")
 REQUIRED_KEYS = ("parent", "save", "train_data", "validation_data", "axes", "budgets", "stages")
 
 
-def _axes(elastic: Mapping[str, Any], shape: ModelShape, tp: int, faults: list[str]) -> dict[str, tuple[int, ...]]:
+class Ranks(NamedTuple):
+    """How one copy of the model is split.
+
+    Attributes:
+        tp, cp: tensor- and context-parallel size.
+        copy: ranks of one copy.
+        tokens: a sequence's length must be a multiple of this.
+    """
+
+    tp: int
+    cp: int
+    copy: int
+    tokens: int
+
+
+def _axes(
+    elastic: Mapping[str, Any], shape: ModelShape, ranks: Ranks, faults: list[str]
+) -> dict[str, tuple[int, ...]]:
     raw = elastic.get("axes")
     if not isinstance(raw, Mapping):
         faults.append(f"elastic.axes: {raw!r} must map an axis to its choices, largest first")
@@ -130,8 +148,10 @@ def _axes(elastic: Mapping[str, Any], shape: ModelShape, tp: int, faults: list[s
             faults.append(f"elastic.axes.{axis}: {sizes!r} must be a list of whole numbers")
             continue
         found = order.faults(sizes)
-        if axis != "hidden" and order.blocks % tp:
-            found.append(f"its {order.blocks} blocks do not divide by tensor-model-parallel-size {tp}")
+        if axis != "hidden" and order.blocks % ranks.tp:
+            found.append(f"its {order.blocks} blocks do not divide by tensor-model-parallel-size {ranks.tp}")
+        elif axis == "mamba_heads" and not found:
+            found.extend(shape.context_parallel_faults(sizes, ranks.tp, ranks.cp))
         faults.extend(f"elastic.axes.{axis}: {fault}" for fault in found)
         choices[axis] = tuple(sizes)
     return choices if len(choices) == len(AXES) else {}
@@ -200,7 +220,16 @@ def _selections(raw: Any, family: Family, faults: list[str]) -> tuple[Selection,
     return tuple(found)
 
 
-def _stages(raw: Any, budgets: int, data_parallel: int, faults: list[str]) -> tuple[Stage, ...]:
+def _length_fault(length: int, ranks: Ranks) -> str | None:
+    if length % ranks.tokens == 0:
+        return None
+    return (
+        f"sequence_length: {length} must be a multiple of {ranks.tokens}: context parallelism takes 2 x CP equal "
+        "slices, sequence parallelism TP x CP equal parts"
+    )
+
+
+def _stages(raw: Any, budgets: int, ranks: Ranks, world_size: int | None, faults: list[str]) -> tuple[Stage, ...]:
     if not isinstance(raw, list) or not raw:
         faults.append(f"elastic.stages: {raw!r} must be a list of stages")
         return ()
@@ -212,7 +241,9 @@ def _stages(raw: Any, budgets: int, data_parallel: int, faults: list[str]) -> tu
         for key in ("iterations", "sequence_length", "global_batch_size", "micro_batch_size"):
             if getattr(stage, key) < 1:
                 faults.append(f"{name}.{key}: {getattr(stage, key)} must be at least 1")
-        step = stage.micro_batch_size * data_parallel
+        if fault := _length_fault(stage.sequence_length, ranks):
+            faults.append(f"{name}.{fault}")
+        step = stage.micro_batch_size * max(1, (world_size or ranks.copy) // ranks.copy)
         if step and stage.global_batch_size % step:
             faults.append(
                 f"{name}.global_batch_size: {stage.global_batch_size} must be a multiple of micro_batch_size x "
@@ -249,8 +280,13 @@ def _pretrain(
         faults.append(
             "pretrain.megatron: changes the model that the section megatron describes (its vocabulary's padding counts)"
         )
-    ranks = _model_parallel(merged, [])[1]
-    step = run.micro_batch_size * max(1, (world_size or ranks) // ranks)
+    ranks = _model_parallel(merged, [])
+    if shape is not None:
+        split = shape.context_parallel_faults([shape.mamba_heads], ranks.tp, ranks.cp)
+        faults.extend(f"pretrain.megatron: {fault}" for fault in split)
+    if fault := _length_fault(run.sequence_length, ranks):
+        faults.append(f"pretrain.{fault}")
+    step = run.micro_batch_size * max(1, (world_size or ranks.copy) // ranks.copy)
     if step and run.global_batch_size % step:
         faults.append(
             f"pretrain.global_batch_size: {run.global_batch_size} must be a multiple of micro_batch_size x "
@@ -259,17 +295,20 @@ def _pretrain(
     return run
 
 
-def _model_parallel(megatron: Mapping[str, Any], faults: list[str]) -> tuple[int, int]:
-    """Tensor-parallel size, and the ranks that one copy of the model takes."""
+def _model_parallel(megatron: Mapping[str, Any], faults: list[str]) -> Ranks:
+    """How the flags split one copy of the model."""
     sizes = []
-    for name in ("tensor-model-parallel-size", "pipeline-model-parallel-size"):
+    for name in ("tensor-model-parallel-size", "pipeline-model-parallel-size", "context-parallel-size"):
         size = megatron.get(name, 1)
         if not isinstance(size, int) or isinstance(size, bool) or size < 1:
             if not name.startswith("tensor"):  # that one is part of the shape, and judged with it
                 faults.append(f"megatron.{name}: {size!r} must be a whole number, at least 1")
             size = 1
         sizes.append(size)
-    return sizes[0], sizes[0] * sizes[1]
+    tp, pp, cp = sizes
+    slices = 2 * cp if cp > 1 else 1
+    parts = tp * cp if megatron.get("sequence-parallel") else 1
+    return Ranks(tp=tp, cp=cp, copy=tp * pp * cp, tokens=lcm(slices, parts))
 
 
 def _interleaving(
@@ -335,12 +374,12 @@ def _router(elastic: Mapping[str, Any], stages: Sequence[Stage] | None, faults: 
 
 
 def _family(
-    elastic: Mapping[str, Any], shape: ModelShape | None, tp: int, budgets: tuple[Budget, ...], faults: list[str]
+    elastic: Mapping[str, Any], shape: ModelShape | None, ranks: Ranks, budgets: tuple[Budget, ...], faults: list[str]
 ) -> Family | None:
     before = len(faults)
     if shape is None:
         return None
-    choices = _axes(elastic, shape, tp, faults)
+    choices = _axes(elastic, shape, ranks, faults)
     if not budgets or len(faults) > before:
         return None
     return Family(shape=shape, ffn_blocks=elastic.get("ffn_blocks", 8), choices=choices, budgets=budgets)
@@ -370,18 +409,17 @@ def parse_recipe(raw: Any, *, world_size: int | None = None, source: str = "reci
     faults.extend(f"elastic.{key}: required" for key in REQUIRED_KEYS if key not in elastic)
     faults.extend(flag_faults(megatron))
     shape = model_shape(megatron, faults)
-    tp, ranks = _model_parallel(megatron, faults)
-    if world_size is not None and world_size % ranks:
-        faults.append(f"megatron: TP x PP = {ranks} does not divide the {world_size} rank(s) of this run")
+    ranks = _model_parallel(megatron, faults)
+    if world_size is not None and world_size % ranks.copy:
+        faults.append(f"megatron: TP x PP x CP = {ranks.copy} does not divide the {world_size} rank(s) of this run")
     budgets = _budgets(elastic, faults)
     before = len(faults)
-    data_parallel = max(1, (world_size or ranks) // ranks)
-    stages = _stages(elastic.get("stages"), len(budgets), data_parallel, faults)
+    stages = _stages(elastic.get("stages"), len(budgets), ranks, world_size, faults)
     judged = len(budgets) + 1
     roles = {"training": 2 if elastic.get("budget_mode") == "sampled" else judged, "evaluation": judged}
-    _interleaving(megatron, stages, roles, data_parallel, faults)
+    _interleaving(megatron, stages, roles, max(1, (world_size or ranks.copy) // ranks.copy), faults)
     router = _router(elastic, stages if len(faults) == before else None, faults)
-    family = _family(elastic, shape, tp, budgets, faults)
+    family = _family(elastic, shape, ranks, budgets, faults)
     selections: tuple[Selection, ...] = ()
     if family is not None and "selections" in elastic:
         selections = _selections(elastic["selections"], family, faults)

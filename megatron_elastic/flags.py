@@ -31,8 +31,9 @@ def _missing(value: Any) -> bool:
     return not _given(value)
 
 
-def _over_one(value: Any) -> bool:
-    return value is not None and (not isinstance(value, int) or value > 1)
+def _not_gathered(value: Any) -> bool:
+    kinds = value if isinstance(value, list) else [value]
+    return any(kind not in (None, "all_gather", "allgather") for kind in kinds)
 
 
 def _not(*allowed: Any) -> Callable[[Any], bool]:
@@ -75,10 +76,12 @@ REFUSALS: tuple[Refusal, ...] = (
     Refusal("delay-wgrad-compute", _given, "sliced gradients are added in the backward of the slice"),
     Refusal("overlap-p2p-communication-warmup-flush", _given, "not carried by the roles' microbatch order"),
     Refusal("fp32-residual-connection", _given, "the elastic stack keeps the residual in the parameters' type"),
-    Refusal("context-parallel-size", _over_one, "the elastic Mamba and attention layers split no sequence yet"),
     Refusal("reset-attention-mask", _given, "no attention mask is built: use dataloader-inter-document-masking"),
     Refusal("reset-position-ids", _given, "positions follow the documents: use dataloader-inter-document-masking"),
     Refusal("sft", _given, "conversation data has another data set: give token data"),
+    Refusal("cp-comm-type", _not_gathered, "the local attention gathers keys and values: all_gather, or leave it out"),
+    Refusal("hierarchical-context-parallel-sizes", _given, "keys and values are gathered over one group of ranks"),
+    Refusal("hybrid-context-parallel", _given, "every sequence of a stage is split over all context-parallel ranks"),
     Refusal(
         "hidden-dropout", _not(0, 0.0), "must be 0: with dropout what trains is not what is cut (core's default is 0.1)"
     ),

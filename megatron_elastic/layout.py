@@ -1,6 +1,6 @@
 """What the parent is, and how each of its parameters is laid out along the elastic axes."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -62,6 +62,34 @@ class ModelShape:
         for heads, groups in (("mamba_heads", "mamba_groups"), ("attention_heads", "query_groups")):
             if self.full[heads] % getattr(self, groups):
                 found.append(f"{heads} {self.full[heads]} must be a multiple of {groups} {getattr(self, groups)}")
+        return found
+
+    def context_parallel_faults(self, mamba_heads: Sequence[int], tp: int, cp: int) -> list[str]:
+        """Every reason why the Mamba layers cannot trade the sequence for heads.
+
+        Each context-parallel rank gets the same number of the heads of its tensor-parallel shard, and either whole SSM
+        groups or, with others, one group.
+
+        Args:
+            mamba_heads: numbers of heads to run.
+            tp: tensor-parallel size; it divides the groups.
+            cp: context-parallel size.
+        """
+        if "M" not in self.pattern or cp == 1:
+            return []
+        found = []
+        groups = max(1, self.mamba_groups // tp)
+        if max(groups, cp) % min(groups, cp):
+            found.append(
+                f"mamba_groups / TP = {groups} and CP = {cp}: one must be a multiple of the other, so that each "
+                "context-parallel rank has whole SSM groups, or a share of one"
+            )
+        uneven = [heads for heads in mamba_heads if heads % (tp * cp)]
+        if uneven:
+            found.append(
+                f"{uneven} heads do not divide over TP x CP = {tp} x {cp} ranks: take multiples of {tp * cp}, or a "
+                "smaller CP"
+            )
         return found
 
     def orders(self, ffn_blocks: int) -> dict[str, BlockOrder]:

@@ -18,8 +18,8 @@ from megatron_elastic.budget import Selection
 from megatron_elastic.errors import CheckpointError
 from megatron_elastic.family import Family
 from megatron_elastic.layers.linear import ElasticLMHead, TeacherTarget
+from megatron_elastic.layers.packing import documents_of_any
 from megatron_elastic.metadata import Metadata
-from megatron_elastic.ops.packing import documents_from_cu_seqlens
 from megatron_elastic.router import RouterTrainer
 from megatron_elastic.specs import elastic_stack_spec
 
@@ -190,7 +190,7 @@ class ElasticHybridModel(HybridModel):
             documents: number of each token's document, `[b, s * CP]`, of the whole sequence in the order of the text
                 and not decreasing: no token sees another document. The same on every rank and stage. None: a row is one
                 document.
-            packed_seq_params: the same in Megatron's terms, for one row; not together with `documents`.
+            packed_seq_params: the same in Megatron's terms; not together with `documents`.
 
         Returns:
             Hidden states `[s, b, h]` before the last stage and for the teacher; on the last stage the 0-dim loss sum,
@@ -203,7 +203,8 @@ class ElasticHybridModel(HybridModel):
         if packed_seq_params is not None:
             if documents is not None:
                 raise ValueError("documents and packed_seq_params say the same: pass one of the two")
-            documents = self._documents(packed_seq_params, input_ids)
+            tokens = input_ids.size(1) * self.pg_collection.cp.size()
+            documents = documents_of_any(packed_seq_params, input_ids.size(0), tokens)
         if run_teacher:
             return self._teacher_forward(input_ids, position_ids, documents)
         hidden = self.trunk(
@@ -223,13 +224,6 @@ class ElasticHybridModel(HybridModel):
             return output.transpose(0, 1).contiguous()
         result: Tensor = output
         return result
-
-    def _documents(self, packed: PackedSeqParams, input_ids: Tensor) -> Tensor:
-        if input_ids.size(0) != 1:
-            raise ValueError(f"packed_seq_params: {input_ids.size(0)} rows; sequences are packed into one")
-        padded = packed.cu_seqlens_q_padded
-        ends = packed.cu_seqlens_q if padded is None else padded
-        return documents_from_cu_seqlens(ends, input_ids.size(1) * self.pg_collection.cp.size())
 
     def _teacher_forward(self, input_ids: Tensor, position_ids: Tensor, documents: Tensor | None) -> Tensor:
         if not self.teachers:

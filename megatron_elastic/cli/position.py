@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -49,8 +50,8 @@ def prepare() -> None:
 
 def default_ranks(flags: Mapping[str, Any]) -> int:
     """All GPUs, or, without a GPU, as many ranks as one copy of the model takes."""
-    one = int(flags.get("tensor-model-parallel-size", 1)) * int(flags.get("pipeline-model-parallel-size", 1))
-    return gpu_count() or one
+    split = ("tensor-model-parallel-size", "pipeline-model-parallel-size", "context-parallel-size")
+    return gpu_count() or prod(int(flags.get(size, 1)) for size in split)
 
 
 @contextmanager

@@ -45,6 +45,8 @@ def context_parallel_attention(
     Returns:
         `[s / CP, b, heads * d]`.
     """
+    if group.size() == 1:
+        return causal_attention(q, k, v, scale, documents)
     k, v = whole_sequence(torch.cat([k, v], -1), group).chunk(2, -1)
     numbers, outputs = slices_of_rank(group), []
     for number, part in zip(numbers, q.chunk(len(numbers)), strict=True):

@@ -13,7 +13,7 @@ from megatron_elastic.ops.sliced_parameter import sliced_parameter
 class ElasticMambaMixer(LocalMambaMixer):
     """Mamba-2 mixer on all heads, with a mask, or on a slice of them."""
 
-    def forward(
+    def forward(  # type: ignore[override]
         self,
         hidden_states: Tensor,
         *,

@@ -30,6 +30,7 @@ from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group, mak
 
 from megatron_elastic.errors import ElasticError
 from megatron_elastic.layers.context_parallel import slices_of_rank, whole_sequence
+from megatron_elastic.layers.packing import documents_of
 from megatron_elastic.ops.causal_conv import causal_conv1d_silu
 from megatron_elastic.ops.gated_norm import gated_rms_norm
 from megatron_elastic.ops.norm import rms_norm
@@ -156,12 +157,28 @@ class LocalMambaMixer(MambaMixer):
         self.ssd_chunk = SSD_CHUNK
         self.norm = gated_norm(self.config, self.d_inner_local_tp, self.ngroups_local_tp, self.tp_group)
 
-    def _ssm_training(self, zxBCdt: torch.Tensor, packed_seq_params: Any = None) -> torch.Tensor:
-        """The scan of `[z | x | B | C | dt]` `[s, b, ...]`, gated and normalised `[s, b, d]`."""
-        if packed_seq_params is not None:
-            raise ElasticError("the local Mamba mixer takes no packed sequences: train on sequences of one length")
-        y, z = self.scan(zxBCdt, self.cp)
-        return self.norm(self.cp.post_conv_ssm(y), self.cp.post_conv_ssm(z)).contiguous()
+    def forward(
+        self, hidden_states: torch.Tensor, inference_context: Any = None, *, packed_seq_params: Any = None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The mixer on whole sequences, `[s, b, h]` -> the same shape; core's forward without its inference branches.
+
+        Args:
+            hidden_states: normalised input of this rank's tokens.
+            inference_context: refused.
+            packed_seq_params: from `packed_documents`, or None. Core would have `MambaContextParallel` cut every
+                document by itself, which needs Transformer Engine.
+
+        Raises:
+            ElasticError: in inference mode, or for other packed sequences.
+        """
+        if inference_context is not None:
+            raise ElasticError(
+                "the local Mamba mixer has no inference cache: run it on whole sequences, outside inference mode"
+            )
+        documents, cp = documents_of(packed_seq_params), self.cp
+        zxBCdt, _ = self.in_proj(hidden_states)
+        y, z = self.scan(cp.pre_conv_ssm(zxBCdt), cp, documents)
+        return self.out_proj(self.norm(cp.post_conv_ssm(y), cp.post_conv_ssm(z)).contiguous())
 
     def scan(
         self, zxBCdt: torch.Tensor, cp: MambaContextParallel, documents: torch.Tensor | None = None
@@ -195,43 +212,47 @@ class LocalMambaMixer(MambaMixer):
         )
         return y.flatten(-2).transpose(0, 1), z.transpose(0, 1)
 
-    def _ssm_prefill(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Refused: it needs the kernels' inference caches."""
-        raise ElasticError(
-            "the local Mamba mixer has no inference cache: run it on whole sequences, outside inference mode"
-        )
-
 
 class LocalCoreAttention(DotProductAttention):
-    """Core's attention from scores, with context parallelism, for which core has Transformer Engine's only.
+    """Core's attention from scores, with context parallelism and documents, which core leaves to Transformer Engine.
 
-    Keys and values are gathered, and each query sees those that are not later in the whole sequence, or what a given
-    mask leaves: core's batches cut its rows as they cut the tokens, and keep its columns whole.
+    Keys and values are gathered, and each query sees those of its document that are not later in the whole sequence, or
+    what a given mask leaves: core's batches cut its rows as they cut the tokens, and keep its columns whole.
     """
 
-    def __init__(
-        self, config: TransformerConfig, layer_number: int, attn_mask_type: AttnMaskType, *args: Any, **kwargs: Any
-    ) -> None:
+    def __init__(self, config: TransformerConfig, *args: Any, **kwargs: Any) -> None:
         """Takes what core's module takes."""
-        alone = copy.copy(config)
-        alone.context_parallel_size = 1  # core's constructor refuses another size; its forward takes any mask
-        split = config.context_parallel_size > 1
-        super().__init__(alone, layer_number, AttnMaskType.arbitrary if split else attn_mask_type, *args, **kwargs)
+        seen = copy.copy(config)
+        seen.context_parallel_size = 1  # core's constructor refuses another size; its forward takes any mask
+        seen.masked_softmax_fusion = False  # its kernel for causal attention would not look at the mask
+        super().__init__(seen, *args, **kwargs)
         self.config = config
 
     def forward(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: Any, **kwargs: Any
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        *args: Any,
+        packed_seq_params: Any = None,
+        **kwargs: Any,
     ) -> torch.Tensor:
-        """Query, key and value `[s / CP, b, heads or groups, d]` -> `[s / CP, b, heads * d]`."""
-        group = self.pg_collection.cp
-        if group.size() > 1:
-            key, value = whole_sequence(key, group), whole_sequence(value, group)
-            if attention_mask is None:
-                keys = torch.arange(key.size(0), device=key.device)
-                slices = keys.chunk(2 * group.size())
-                queries = torch.cat([slices[number] for number in slices_of_rank(group)])
-                attention_mask = (keys > queries[:, None])[None, None]
-        return super().forward(query, key, value, attention_mask, **kwargs)
+        """Query, key and value `[s / CP, b, heads or groups, d]` -> `[s / CP, b, heads * d]`.
+
+        Raises:
+            ElasticError: for packed sequences that are not from `packed_documents`.
+        """
+        group, documents = self.pg_collection.cp, documents_of(packed_seq_params)
+        key, value = whole_sequence(key, group), whole_sequence(value, group)
+        if attention_mask is None and (group.size() > 1 or documents is not None):
+            keys, numbers = torch.arange(key.size(0), device=key.device), slices_of_rank(group)
+            slices = keys.chunk(len(numbers) * group.size())
+            queries = torch.cat([slices[number] for number in numbers])
+            attention_mask = (keys > queries[:, None])[None, None]
+            if documents is not None:
+                attention_mask = attention_mask | (documents[:, queries, None] != documents[:, None])[:, None]
+        return super().forward(query, key, value, attention_mask, *args, **kwargs)
 
 
 class LocalHybridStack(HybridStack):

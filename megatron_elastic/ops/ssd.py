@@ -3,7 +3,7 @@
 Source: Dao and Gu, "Transformers are SSMs" (arXiv 2405.21060), section 6 and listing 1 (the chunked algorithm).
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -101,29 +101,34 @@ def _chunk_decay(total: Tensor) -> Tensor:
     return F.pad(log.masked_fill(~reached, -torch.inf).exp()[:, :, :-1], (0, 0, 1, 0))
 
 
-def _inside_documents(
-    documents: Tensor, chunk: int, decay: Tensor, from_start: Tensor, to_end: Tensor, carry: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The four decays of a chunked scan, zero where they would lead from one document to another.
+class _DocumentMasks(NamedTuple):
+    """1 where two places of a chunked scan lie in one document, else 0.
 
-    Args:
-        documents: `[b, l]`, not decreasing: two tokens of one number have no boundary between them.
-        chunk: tokens per chunk.
-        decay: from token `j` to token `i` of a chunk, `[b, h, c, q, q]`.
-        from_start: from the state that enters the chunk to token `i`, `[b, h, c, q]`.
-        to_end: from token `j` to the state that leaves the chunk, `[b, h, c, q]`.
-        carry: from the state that leaves chunk `j` to the state that enters chunk `i`, `[b, h, c, c]`.
+    Attributes:
+        within: token `i` and a token `j` of its chunk that is not later, `[b, 1, c, q, q]`.
+        entering: token `i` and the state that enters its chunk, `[b, 1, c, q]`.
+        leaving: token `i` and the state that leaves its chunk, `[b, 1, c, q]`.
+        carry: the state that enters chunk `i` and the one that leaves chunk `j`, `[b, 1, c, c]`.
     """
+
+    within: Tensor
+    entering: Tensor
+    leaving: Tensor
+    carry: Tensor
+
+
+def _document_masks(documents: Tensor, chunk: int, dtype: torch.dtype) -> _DocumentMasks:
+    """The masks of `documents`, `[b, l]`: they do not decrease, so two of one number have no boundary between them."""
     # The padding at the end goes to the last document: its steps are 0.
     padding = documents[:, -1:].expand(-1, -documents.size(1) % chunk)
     numbers = torch.cat([documents, padding], 1).view(documents.size(0), 1, -1, chunk)
     leaving = numbers[..., -1]
     entering = torch.cat([numbers[..., 0, 0, None], leaving[..., :-1]], -1)
-    return (
-        decay * (numbers[..., :, None] == numbers[..., None, :]),
-        from_start * (numbers == entering[..., None]),
-        to_end * (numbers == leaving[..., None]),
-        carry * (entering[..., :, None] == leaving[..., None, :]),
+    return _DocumentMasks(
+        (numbers[..., :, None] == numbers[..., None, :]).tril().to(dtype),
+        (numbers == entering[..., None]).to(dtype),
+        (numbers == leaving[..., None]).to(dtype),
+        (entering[..., :, None] == leaving[..., None, :]).to(dtype),
     )
 
 
@@ -134,8 +139,8 @@ class _ChunkedScan(torch.autograd.Function):
     group, and the recurrence over chunks is one GEMM with a `[c, c]` decay matrix.  `dt_j` is folded into the decay
     from `j` on.  The gradient of the log decay needs no `[q, q]` reduction: `y_t` is proportional to `exp(cum_t)` and
     what `x_t` adds to `exp(-cum_t)`, so it is `<dy_t, y_t> - <dx_t, x_t>` (both without the skip, whose terms cancel)
-    summed from `t` to the chunk's end, plus `<dS, S>` of the state that leaves the chunk.  Documents cut the decays and
-    nothing else, which leaves these proportions, and with them the whole backward, as they are.
+    summed from `t` to the chunk's end, plus `<dS, S>` of the state that leaves the chunk.  Documents cut the decays,
+    which leaves these proportions as they are, and both sums end where the document does.
     """
 
     @staticmethod
@@ -158,15 +163,20 @@ class _ChunkedScan(torch.autograd.Function):
         b, h, c, _, p = xs.shape
         g, n = Bs.size(1), Bs.size(4)
         shape = (b, g, h // g, c, q)
-        cum = (steps * A.to(compute)[:, None, None]).cumsum(-1)
-        # Above the diagonal the log decay is positive: it is cut to 0 before exp, and `scores` is 0 there.
+        log = steps * A.to(compute)[:, None, None]
+        masks = None if documents is None else _document_masks(documents, q, compute)
+        # Summed from the document's start, not subtracted: what another document decays by is no rounding of this one.
+        cum = log.cumsum(-1) if masks is None else (masks.within @ log[..., None]).squeeze(-1)
+        # Above the diagonal and between documents the log decay may be positive: it is cut to 0 before exp, and the
+        # result is not used.
         decay = (cum[..., :, None] - cum[..., None, :]).clamp_max_(0).exp_()
         decay = decay.mul_(steps[..., None, :])
         scores = (Cs @ Bs.mT).tril_()[:, :, None]
-        from_start, to_end = cum.exp(), (cum[..., -1:] - cum).exp() * steps
+        from_start, to_end = cum.exp(), (cum[..., -1:] - cum).clamp_max_(0).exp_() * steps
         carry = _chunk_decay(cum[..., -1])
-        if documents is not None:
-            decay, from_start, to_end, carry = _inside_documents(documents, q, decay, from_start, to_end, carry)
+        if masks is not None:
+            decay, from_start, to_end = decay * masks.within, from_start * masks.entering, to_end * masks.leaving
+            carry = carry * masks.carry
         decay, carry = decay.view(*shape, q), carry.view(-1, c, c)
         from_start, to_end = from_start.view(*shape, 1), to_end.view(*shape, 1)
         B_end, C_start = (Bs[:, :, None] * to_end).view(-1, q, n), (Cs[:, :, None] * from_start).view(-1, q, n)
@@ -176,14 +186,15 @@ class _ChunkedScan(torch.autograd.Function):
         mixing = (scores * decay).view(b, h, c, q, q)
         mixing.diagonal(dim1=-2, dim2=-1).add_(D.to(compute)[:, None, None])
         y = torch.bmm(mixing.view(-1, q, q), rows).baddbmm_(C_start, state)
-        ctx.save_for_backward(xs, steps, A, Bs, Cs, D, y, state, carry, decay, scores, from_start, to_end)
+        ctx.save_for_backward(xs, steps, A, Bs, Cs, D, y, state, carry, decay, scores, from_start, to_end,
+                              None if masks is None else masks.within)  # fmt: skip
         ctx.sizes, ctx.dtypes = (b, length, g, h, c, q, n, p), (x.dtype, dt.dtype, B.dtype, C.dtype)
         return _sequence_first(y.view_as(xs), length).to(x.dtype, memory_format=torch.contiguous_format, copy=True)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        xs, steps, A, Bs, Cs, D, y, state, carry, decay, scores, from_start, to_end = ctx.saved_tensors
+        xs, steps, A, Bs, Cs, D, y, state, carry, decay, scores, from_start, to_end, within = ctx.saved_tensors
         b, length, g, h, c, q, n, p = ctx.sizes
         shape = (b, g, h // g, c, q)
         dys = _heads_first(grad, q, xs.dtype)
@@ -206,9 +217,10 @@ class _ChunkedScan(torch.autograd.Function):
         x_dx = torch.mv(product.view(-1, p), ones).view_as(steps)
         x_dy = torch.mv(torch.mul(rows, dy, out=product).view(-1, p), ones).view_as(steps)
         y_dy = torch.mv(torch.mul(y, dy, out=product).view(-1, p), ones).view_as(steps)
-        d_log = (y_dy - x_dx).addcmul_(x_dy, skip, value=-1).flip(-1).cumsum(-1).flip(-1)
+        d_cum = (y_dy - x_dx).addcmul_(x_dy, skip, value=-1)
         kept, d_kept = state.view(b, h, c, -1)[:, :, 1:], d_state.view(b, h, c, -1)[:, :, :-1]
-        d_log[:, :, :-1] += (kept * d_kept).sum(-1, keepdim=True)
+        d_cum[:, :, :-1, -1] += (kept * d_kept).sum(-1)
+        d_log = d_cum.flip(-1).cumsum(-1).flip(-1) if within is None else (within.mT @ d_cum[..., None]).squeeze(-1)
         d_dt = (x_dx / steps.clamp_min(torch.finfo(steps.dtype).tiny)).addcmul_(d_log, A.to(xs.dtype)[:, None, None])
         dA = (d_log * steps).sum((0, 2, 3)).to(A.dtype)
         dD = x_dy.sum((0, 2, 3)).to(D.dtype)

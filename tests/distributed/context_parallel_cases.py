@@ -21,6 +21,7 @@ from megatron_elastic.axes import AXES
 from megatron_elastic.budget import Selection
 from megatron_elastic.family import Family
 from megatron_elastic.layers import context_parallel
+from megatron_elastic.layers.packing import packed_documents
 
 LENGTH = 72  # three chunks of the scan
 # Every boundary inside a slice of some rank; a document of one token; two ends on the same slice.
@@ -100,11 +101,11 @@ def distilled(model: Any, family: Family, how: dict[str, Any], batch: dict[str, 
     }
 
 
-def labelled(model: Any, batch: dict[str, Tensor]) -> Outcome:
+def labelled(model: Any, batch: dict[str, Tensor], **extra: Any) -> Outcome:
     """Cross entropy from the logits, for models without a loss of their own."""
     part = local(batch)
     model.zero_grad(set_to_none=True)
-    logits = gather_from_tensor_model_parallel_region(model(part["tokens"], part["position_ids"], None))
+    logits = gather_from_tensor_model_parallel_region(model(part["tokens"], part["position_ids"], None, **extra))
     loss = (F.cross_entropy(logits.transpose(1, 2), part["labels"], reduction="none") * part["loss_mask"]).sum()
     loss.backward()
     group = parallel_state.get_context_parallel_group()
@@ -242,6 +243,27 @@ def packed_sequences() -> PackedSeqParams:
     return PackedSeqParams(qkv_format="thd", cu_seqlens_q=ends, cu_seqlens_kv=ends)
 
 
+def refusals(model: Any) -> dict[str, float]:
+    """1 for each wrong argument that is refused by name."""
+    wrong: dict[str, dict[str, Any]] = {
+        "pass one of the two": {"documents": documents()[:1], "packed_seq_params": packed_sequences()},
+        "documents has the shape [1, 71] for a batch of 1 x 72 tokens": {"documents": documents()[:1, 1:]},
+        "attention is causal": {"attention_mask": torch.zeros(1, 1, LENGTH, LENGTH, dtype=torch.bool)},
+    }
+    found = dict.fromkeys(wrong, 0.0)
+    for text, extra in wrong.items():
+        try:
+            first_row(model, **extra)
+        except ValueError as error:
+            found[text] = float(text in str(error))
+    return found
+
+
+def core_documents() -> dict[str, Any]:
+    """The documents as core's own layers carry them."""
+    return {"packed_seq_params": packed_documents(documents())}
+
+
 def stock(positions: str) -> Any:
     """The plain model on core's own layers, which trains the parent and is the oracle of the elastic one."""
     model = kit.stock_model(kit.SHAPE, positions=positions)
@@ -265,10 +287,14 @@ def run_all() -> dict[str, dict[str, float]]:
         model = kit.elastic_model(positions=positions)
         want[positions] = outcomes(model, kit.FAMILY, EVERY if positions == "none" else BOTH)
         add(f"packing/{positions}", packing(model, want[positions]))
-        plain[positions] = labelled(stock(positions), batch())
+        plain[positions] = labelled(model, batch(), documents=documents())
+        add(f"plain/tp1_cp1/{positions}", {
+            "stock": distance(labelled(stock(positions), batch(), **core_documents()), plain[positions])
+        })  # fmt: skip
         want_row[positions] = first_row(model, documents=documents()[:1])
         row = first_row(model, packed_seq_params=packed_sequences())
         add(f"cu_seqlens/{positions}", {"cp1": distance(row, want_row[positions])})
+    add("arguments", {"refused": refusals(model)})
     want["one_group"] = outcomes(kit.elastic_model(family=ONE_GROUP), ONE_GROUP, PACKED)
     for (tp, cp), cases in CASES.items():
         kit.layout_of_ranks(tp, cp=cp)
@@ -280,15 +306,15 @@ def run_all() -> dict[str, dict[str, float]]:
         for positions in ("none", "rope"):
             model = kit.elastic_model(positions=positions)
             add(f"plain/tp{tp}_cp{cp}/{positions}", {
-                "stock": distance(labelled(stock(positions), batch()), plain[positions]),
-                "elastic": distance(labelled(model, batch()), plain[positions]),
+                "stock": distance(labelled(stock(positions), batch(), **core_documents()), plain[positions]),
+                "elastic": distance(labelled(model, batch(), documents=documents()), plain[positions]),
             })  # fmt: skip
         if (tp, cp) == (1, 2):
             add("fault", faults(want["none"], want["rope"]))
             row = first_row(model, packed_seq_params=packed_sequences())
             add(f"cu_seqlens/{positions}", {"cp2": distance(row, want_row[positions])})
-            other = labelled(model, kit.batch(4, length=LENGTH))
-            add("fault", {"another text": distance(other, plain[positions])})
+            without = labelled(stock(positions), batch())
+            add("fault", {"documents on the stock stack": distance(without, plain[positions])})
     everyone: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, results)
     return {case: {k: max(one[case][k] for one in everyone) for k in errors} for case, errors in results.items()}

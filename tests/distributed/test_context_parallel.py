@@ -19,7 +19,7 @@ CASES = {
 }
 FAULTS = (
     *("order of the queries", "order of the keys", "order of the scan", "positions"),
-    *("documents", "order of the documents", "another text"),
+    *("documents", "order of the documents", "documents on the stock stack"),
 )
 Errors = dict[str, dict[str, float]]
 
@@ -43,9 +43,10 @@ def test_equals_one_process(errors: Errors, case: str) -> None:
 
 
 @pytest.mark.parametrize("positions", ["none", "rope"])
-@pytest.mark.parametrize("layout", ["tp1_cp2", "tp1_cp4", "tp2_cp2"])
+@pytest.mark.parametrize("layout", ["tp1_cp1", "tp1_cp2", "tp1_cp4", "tp2_cp2"])
 def test_the_stock_stack_and_the_full_parent_agree_too(errors: Errors, layout: str, positions: str) -> None:
-    for model in ("stock", "elastic"):
+    """Core's attention under a mask of ours against our attention, on packed documents, by the models' logits."""
+    for model in ("stock", "elastic") if layout != "tp1_cp1" else ("stock",):
         assert max(errors[f"plain/{layout}/{positions}/{model}"].values()) < TOLERANCE, model
 
 
@@ -74,6 +75,12 @@ def test_packed_documents_equal_each_alone(errors: Errors, way: str, positions: 
     assert max(errors[f"packing/{positions}/{way}"].values()) < tolerance
     assert min(errors[f"packing/{positions}/fault/{way}"].values()) > 1e-3
     assert errors[f"packing/{positions}/fault/{way}"]["grads"] > 1e-2
+
+
+def test_wrong_arguments_are_refused(errors: Errors) -> None:
+    found = errors["arguments/refused"]
+    assert len(found) == 3
+    assert set(found.values()) == {1.0}, found
 
 
 def test_packed_sequences_are_documents(errors: Errors) -> None:

@@ -129,6 +129,32 @@ def test_mamba_mixer_is_the_recurrence(models):
     assert (mixer(hidden)[0] - found["steps"][0]).abs().max() > 1e-6
 
 
+def test_documents_are_kept_apart(models):
+    from megatron_elastic.layers.packing import packed_documents
+
+    model = models.build(dtype=torch.float64)
+    tokens, positions, _ = models.batch()
+    documents = torch.arange(models.SEQUENCE).ge(15).long().expand(2, -1)
+    together = model(tokens, positions, None, packed_seq_params=packed_documents(documents))
+    for here in (documents[0] == 0, documents[0] == 1):
+        alone = model(tokens[:, here], positions[:, here], None)
+        # fp64: the scan's chunks and the rows of the GEMMs are cut elsewhere.
+        torch.testing.assert_close(together[:, here], alone, rtol=1e-11, atol=1e-12)
+    assert (model(tokens, positions, None) - together)[:, 15:].abs().max() > 1e-2 * together.abs().max()
+
+
+def test_what_the_local_layers_cannot_run_is_refused(models):
+    from megatron.core.packed_seq_params import PackedSeqParams
+
+    model = models.build()
+    tokens, positions, _ = models.batch()
+    ends = torch.tensor([0, 15, models.SEQUENCE], dtype=torch.int32)
+    with pytest.raises(ElasticError, match=r"not qkv_format 'thd': pass .*packed_documents"):
+        model(tokens, positions, None, packed_seq_params=PackedSeqParams(qkv_format="thd", cu_seqlens_q=ends))
+    with pytest.raises(ElasticError, match="no inference cache"):
+        model.decoder.layers[0].mixer(torch.zeros(models.SEQUENCE, 2, 48), object())
+
+
 def test_kernel_flag_is_put_back(models):
     from megatron.core.ssm import mamba_mixer
 

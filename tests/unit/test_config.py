@@ -117,7 +117,11 @@ def test_every_budget_is_reached_by_several_selections() -> None:
         ({"pretrain__megatron": 3}, "pretrain.megatron: 3 must be a mapping"),
         # The layout.
         ({"megatron__pipeline-model-parallel-size": "two"}, "megatron.pipeline-model-parallel-size: 'two'"),
-        ({"megatron__pipeline-model-parallel-size": 2}, "TP x PP = 4 does not divide the 2 rank(s)"),
+        ({"megatron__pipeline-model-parallel-size": 2}, "TP x PP x CP = 4 does not divide the 2 rank(s)"),
+        ({"megatron__context-parallel-size": 0}, "megatron.context-parallel-size: 0 must be a whole number"),
+        ({"megatron__sequence-parallel": True, "elastic__stages__0__sequence_length": 255},
+         "elastic.stages[0].sequence_length: 255 must be a multiple of 2"),
+        ({"megatron__cp-comm-type": "p2p"}, "megatron.cp-comm-type: 'p2p' is refused"),
     ],
 )  # fmt: skip
 def test_each_fault_is_found_alone(changes: dict[str, Any], text: str) -> None:
@@ -136,6 +140,56 @@ def test_each_fault_is_found_alone(changes: dict[str, Any], text: str) -> None:
 )
 def test_a_fault_with_consequences_is_among_those_found(changes: dict[str, Any], text: str) -> None:
     assert any(text in fault for fault in faults(changed(**changes)))
+
+
+def with_cp(cp: int, *, tp: int = 1, heads: tuple[int, ...] = (8, 4), groups: int = 2, **more: Any) -> dict[str, Any]:
+    """A recipe on TP x CP ranks, its parent's training included."""
+    return changed(**{
+        "megatron__context-parallel-size": cp, "megatron__tensor-model-parallel-size": tp,
+        "pretrain__megatron__tensor-model-parallel-size": tp, "megatron__mamba-num-heads": heads[0],
+        "megatron__mamba-num-groups": groups, "elastic__axes__mamba_heads": list(heads), **more,
+    })  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("cp", "tp", "heads", "groups"),
+    [
+        (2, 1, (8, 6, 2), 2),  # each CP rank has one of two groups, whatever is kept in it
+        (2, 2, (8, 4), 2),  # two CP ranks share the group of their shard
+        (4, 1, (8, 4), 2),  # two CP ranks share each of two groups
+        (2, 1, (12, 8, 4), 4),  # two groups each
+    ],
+)
+def test_context_parallel_ranks_get_even_shares(cp: int, tp: int, heads: tuple[int, ...], groups: int) -> None:
+    recipe = parse_recipe(with_cp(cp, tp=tp, heads=heads, groups=groups), world_size=tp * cp)
+    assert recipe.family.choices["mamba_heads"] == heads
+    with pytest.raises(RecipeError, match=f"TP x PP x CP = {tp * cp} does not divide the {tp * cp + 1} rank"):
+        parse_recipe(with_cp(cp, tp=tp, heads=heads, groups=groups), world_size=tp * cp + 1)
+
+
+def test_context_parallel_faults_are_listed_together() -> None:
+    found = faults(
+        with_cp(4, heads=(12, 10, 4, 2), elastic__stages__0__sequence_length=252, pretrain__sequence_length=250,
+                elastic__stages__1__sequence_length=256), world_size=4
+    )  # fmt: skip
+    for text in (
+        "elastic.axes.mamba_heads: [10, 2] heads do not divide over TP x CP = 1 x 4 ranks: take multiples of 4",
+        "elastic.stages[0].sequence_length: 252 must be a multiple of 8: context parallelism takes 2 x CP equal slices",
+        "pretrain.sequence_length: 250 must be a multiple of 8",
+    ):
+        assert any(text in fault for fault in found), (text, found)
+    assert not any("stages[1]" in fault for fault in found)
+    (groups,) = faults(with_cp(2, heads=(12, 6), groups=3), world_size=2)[:1]
+    assert "mamba_groups / TP = 3 and CP = 2: one must be a multiple of the other" in groups
+    # The parent's training may have a layout of its own: here its full 8 heads do not divide by 16.
+    found = faults(changed(**{"pretrain__megatron__context-parallel-size": 16}), world_size=32)
+    assert any("pretrain.megatron: [8] heads do not divide over TP x CP = 1 x 16" in fault for fault in found)
+
+
+def test_sequence_and_context_parallelism_share_a_sequence() -> None:
+    settings = {"megatron__sequence-parallel": True, "elastic__stages__0__sequence_length": 8}
+    found = faults(with_cp(2, tp=3, heads=(12, 6), groups=3, **settings), world_size=6)
+    assert any("stages[0].sequence_length: 8 must be a multiple of 12" in fault for fault in found)
 
 
 def test_all_faults_are_listed_in_one_pass() -> None:

@@ -128,6 +128,37 @@ SIGNATURES: list[tuple[str, str, str, str]] = [
         "layers/linear.py",
     ),
     (
+        "megatron.core.ssm.mamba_context_parallel",
+        "MambaContextParallel.__init__",
+        "cp_group d_inner_local_tp nheads_local_tp ngroups_local_tp d_state conv1d_weight_cp1 conv1d_bias_cp1 "
+        "conv1d_padding dt_bias_cp1 A_log_cp1 D_cp1 D_has_hdim",
+        "layers/mamba.py builds one for every selection",
+    ),
+    (
+        "megatron.core.ssm.mamba_context_parallel",
+        "_undo_attention_load_balancing",
+        "input_ cp_size packed_seq_params",
+        "layers/context_parallel.py",
+    ),
+    (
+        "megatron.core.transformer.dot_product_attention",
+        "DotProductAttention.__init__",
+        "config layer_number attn_mask_type attention_type attention_dropout softmax_scale cp_comm_type pg_collection",
+        "layers/plain.py",
+    ),
+    (
+        "megatron.core.transformer.dot_product_attention",
+        "DotProductAttention.forward",
+        "query key value attention_mask attn_mask_type attention_bias packed_seq_params",
+        "layers/plain.py",
+    ),
+    (
+        "megatron.core.utils",
+        "get_batch_on_this_cp_rank",
+        "batch is_hybrid_cp cp_group hybrid_cp_group_func use_per_sequence_balancing",
+        "layers/context_parallel.py: the order of a rank's slices",
+    ),
+    (
         "megatron.core.dist_checkpointing.mapping",
         "ShardedTensor.from_rank_offsets",
         "key data rank_offsets replica_id prepend_axis_num flattened_range init_kwargs",
@@ -182,6 +213,12 @@ SOURCES: list[tuple[str, str, str, str]] = [
         "DistributedDataParallel.zero_grad_buffer",
         "param.grad_added_to_main_grad = False",
         "ops/sliced_parameter.py: the flag lasts one step",
+    ),
+    (
+        "megatron.core.transformer.dot_product_attention",
+        "DotProductAttention.__init__",
+        "self.config.context_parallel_size == 1",
+        "layers/plain.py: LocalCoreAttention hides the size from it",
     ),
     (
         "megatron.core.transformer.attention",

@@ -54,3 +54,12 @@ def test_another_block_order_is_refused(tmp_path: Path) -> None:
 def test_no_parent_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="nowhere"):
         position.check_parent(recipe(tmp_path / "nowhere"))
+
+
+def test_without_a_gpu_a_run_takes_the_ranks_of_one_copy(monkeypatch: pytest.MonkeyPatch) -> None:
+    split = {"tensor-model-parallel-size": 2, "pipeline-model-parallel-size": 3, "context-parallel-size": 4}
+    monkeypatch.setattr(position, "gpu_count", lambda: 0)
+    assert position.default_ranks({}) == 1
+    assert position.default_ranks(split) == 24
+    monkeypatch.setattr(position, "gpu_count", lambda: 8)
+    assert position.default_ranks(split) == 8

@@ -45,3 +45,46 @@ def test_heads_must_divide_over_groups():
     q, k, v = make_inputs(4, 3)
     with pytest.raises(ValueError, match="4 query heads do not divide over 3 key groups"):
         causal_attention(q, k, v, 1.0)
+
+
+DOCUMENTS = torch.tensor([[0, 0, 0, 1, 3, 3, 3], [2, 2, 2, 2, 2, 4, 4]])
+
+
+@pytest.mark.parametrize("documents", [None, DOCUMENTS])
+@pytest.mark.parametrize("queries", [1, 3, 7])
+def test_the_last_tokens_alone(queries, documents):
+    q, k, v = inputs = make_inputs()
+    part = q[-queries:]
+    out, expected = (op(part, k, v, 0.3, documents) for op in (causal_attention, causal_attention_ref))
+    torch.testing.assert_close(out, expected, **EXACT)
+    torch.testing.assert_close(out, causal_attention(*inputs, 0.3, documents)[-queries:], **EXACT)
+    for a, b in zip(*(torch.autograd.grad(t.sin().sum(), inputs) for t in (out, expected)), strict=True):
+        torch.testing.assert_close(a, b, **EXACT)
+    if queries < 7:  # the first tokens are other queries
+        assert (causal_attention(q[:queries], k, v, 0.3, documents) - out).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("op", [causal_attention, causal_attention_ref])
+def test_each_document_is_run_as_if_alone(op):
+    inputs = [t.detach() for t in make_inputs()]
+    out = op(*inputs, 0.3, DOCUMENTS)
+    for row, numbers in enumerate(DOCUMENTS):
+        for number in numbers.unique():
+            here = numbers == number
+            alone = causal_attention_ref(*(t[here, row : row + 1] for t in inputs), 0.3)
+            torch.testing.assert_close(out[here, row : row + 1], alone, **EXACT)
+    assert (op(*inputs, 0.3) - out).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("documents", [None, DOCUMENTS])
+def test_gradcheck(documents):
+    q, k, v = make_inputs()
+    assert torch.autograd.gradcheck(lambda *t: causal_attention(*t, 0.3, documents), (q[3:], k, v))
+
+
+def test_what_does_not_fit_is_refused():
+    q, k, v = make_inputs()
+    with pytest.raises(ValueError, match="7 queries for 5 keys"):
+        causal_attention(q, k[:5], v[:5], 1.0)
+    with pytest.raises(ValueError, match=r"documents has the shape \[7, 2\] for a batch of 2 x 7 tokens"):
+        causal_attention(q, k, v, 1.0, DOCUMENTS.T)

@@ -57,3 +57,31 @@ def test_keeps_the_input_dtype():
     y.sum().backward()
     assert y.dtype == low.grad.dtype == torch.bfloat16
     assert weight.grad.dtype == bias.grad.dtype == torch.float32
+
+
+DOCUMENTS = torch.tensor([[0, 0, 1, 2, 2, 2, 2, 2, 7], [0, 0, 0, 0, 0, 0, 3, 3, 3]])
+
+
+@pytest.mark.parametrize("k", [4, 1, 3])
+def test_no_tap_crosses_a_boundary(k):
+    inputs = make_inputs(k=k)
+    y, expected = causal_conv1d_silu(*inputs, DOCUMENTS), causal_conv1d_silu_ref(*inputs, DOCUMENTS)
+    torch.testing.assert_close(y, expected, **EXACT)
+    weight = torch.arange(y.numel(), dtype=y.dtype).view(y.shape).sin()
+    for a, b in zip(*(torch.autograd.grad((v * weight).sum(), inputs) for v in (y, expected)), strict=True):
+        torch.testing.assert_close(a, b, **EXACT)
+    whole = causal_conv1d_silu(*inputs)
+    if k == 1:  # there is no tap to cross
+        torch.testing.assert_close(whole, y, **EXACT)
+    else:
+        assert (whole - y).abs().max() > 1e-2
+
+
+def test_gradcheck_with_documents():
+    documents = torch.tensor([[0, 0, 1, 1, 1], [0, 1, 2, 2, 2]])
+    assert torch.autograd.gradcheck(lambda *t: causal_conv1d_silu(*t, documents), make_inputs(5, 2))
+
+
+def test_documents_of_another_shape_are_refused():
+    with pytest.raises(ValueError, match=r"documents has the shape \[2, 8\] for a batch of 2 x 9 tokens"):
+        causal_conv1d_silu(*make_inputs(), DOCUMENTS[:, 1:])

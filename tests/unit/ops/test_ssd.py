@@ -103,3 +103,63 @@ def test_bad_arguments_are_refused():
         ssd(*inputs, 0)
     with pytest.raises(ValueError, match="4 heads do not divide over 3 groups"):
         ssd(*inputs[:3], *(torch.zeros(2, 21, 3, 5),) * 2, inputs[5])
+
+
+# Boundaries inside chunks and on their edges, documents of one token, one longer than two chunks; rows differ.
+DOCUMENTS = torch.tensor([[0] * 8 + [1] + [2] * 3 + [5] * 9, [3] * 5 + [4] * 16])
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 7, 8, 21, 64])
+@pytest.mark.parametrize(("h", "g"), [(4, 2), (3, 1)])
+def test_documents_reset_the_recurrence(chunk, h, g):
+    inputs = make_inputs(h=h, g=g)
+    y, expected = ssd(*inputs, chunk, DOCUMENTS), ssd_ref(*inputs, DOCUMENTS)
+    torch.testing.assert_close(y, expected, **EXACT)
+    for name, a, b in zip(("x", "dt", "A", "B", "C", "D"), *(gradients(v, inputs) for v in (y, expected)), strict=True):
+        torch.testing.assert_close(a, b, **EXACT, msg=lambda m, name=name: f"{name}: {m}")
+    # Without them, and with a boundary one token later, the result is another one.
+    moved = DOCUMENTS.clone()
+    moved[:, 1:] = DOCUMENTS[:, :-1]
+    for other in (None, moved):
+        assert (ssd(*inputs, chunk, other) - y).abs().max() > 1e-2 * y.abs().max()
+
+
+@pytest.mark.parametrize("scan", [lambda inputs, documents: ssd(*inputs, 8, documents), lambda i, d: ssd_ref(*i, d)])
+def test_each_document_is_run_as_if_alone(scan):
+    inputs = [t.detach() for t in make_inputs()]
+    y = scan(inputs, DOCUMENTS)
+    for row, numbers in enumerate(DOCUMENTS):
+        for number in numbers.unique():
+            here = numbers == number
+            alone = [t[row : row + 1, here] if t.dim() > 1 else t for t in inputs]
+            torch.testing.assert_close(y[row : row + 1, here], scan(alone, None), **EXACT)
+
+
+def test_gradcheck_with_documents():
+    documents = torch.tensor([[0, 0, 1, 1, 1, 2, 2]])
+    assert torch.autograd.gradcheck(lambda *t: ssd(*t, 3, documents), make_inputs(b=1, length=7, h=2, p=2, g=1, n=2))
+
+
+def test_what_another_document_decays_by_does_not_matter():
+    inputs = [t.detach() for t in make_inputs(length=96, dtype=torch.float32)]
+    documents = torch.arange(96).ge(40).long().expand(2, -1)
+    y = ssd(*inputs, 32, documents)
+    before = gradients(ssd(*(t.requires_grad_() for t in inputs), 32, documents), inputs)
+    # In a difference of prefix sums the log decay of the second document would drown in 1e30: it starts inside a chunk.
+    inputs = [t.detach() for t in inputs]
+    inputs[1] = inputs[1].index_fill(1, torch.arange(30, 40), 1e30)
+    inputs[0] = inputs[0].index_fill(1, torch.arange(30, 40), 1e-30)
+    inputs = [t.requires_grad_() for t in inputs]
+    changed = ssd(*inputs, 32, documents)
+    assert torch.equal(changed[:, 40:], y[:, 40:])
+    assert not torch.equal(changed[:, :40], y[:, :40])
+    after = gradients(changed, inputs)
+    assert all(t.isfinite().all() for t in (changed, *after))
+    for number in (0, 1, 3, 4):  # those of each token
+        assert torch.equal(after[number][:, 40:], before[number][:, 40:])
+    assert not torch.equal(ssd(*inputs, 32)[:, 40:], y[:, 40:])
+
+
+def test_documents_of_another_shape_are_refused():
+    with pytest.raises(ValueError, match=r"documents has the shape \[1, 21\] for a batch of 2 x 21 tokens"):
+        ssd(*make_inputs(), 8, DOCUMENTS[:1])
