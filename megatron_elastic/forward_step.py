@@ -6,11 +6,12 @@ from typing import Any
 
 import torch
 from megatron.core.distributed import finalize_model_grads
-from megatron.core.utils import get_batch_on_this_cp_rank, unwrap_model
+from megatron.core.utils import unwrap_model
 from megatron.training import get_args
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from megatron_elastic.batch import rank_batch
 from megatron_elastic.budget import Selection
 from megatron_elastic.config import Recipe
 from megatron_elastic.distillation.roles import TEACHER
@@ -19,7 +20,6 @@ from megatron_elastic.loss_checks import check_loss
 from megatron_elastic.loss_log import LossLog
 from megatron_elastic.metrics import StepLog
 from megatron_elastic.model import ElasticHybridModel, FamilyState
-from megatron_elastic.ops.packing import documents_from_cu_seqlens
 
 
 class _ZeroLoss(torch.autograd.Function):
@@ -127,20 +127,13 @@ class JointStep:
         Returns:
             The model's output, and the function that makes (loss, tokens, metrics) of it on the last stage.
         """
-        args = get_args()
-        self._begin(args.curr_iteration)
+        self._begin(get_args().curr_iteration)
         batch = next(data_iterator)
         budget = int(batch["budget"][0])  # a host tensor of the loader: no device is waited for
         chunk: ElasticHybridModel = unwrap_model(model)
         device = next(chunk.parameters()).device
-        local = {key: batch[key].to(device, non_blocking=True) for key in ("tokens", "position_ids", "loss_mask")}
-        documents = None
-        if "cu_seqlens" in batch:
-            rows = (documents_from_cu_seqlens(row, args.seq_length) for row in batch["cu_seqlens"])
-            documents = torch.cat(list(rows)).to(device, non_blocking=True)
-        # Zigzag slices of whole sequences, whatever documents are in them: documents are masked by number.
-        local = get_batch_on_this_cp_rank(
-            local, is_hybrid_cp=False, cp_group=chunk.pg_collection.cp, use_per_sequence_balancing=True
+        local, documents = rank_batch(
+            batch, ("tokens", "position_ids", "loss_mask"), device, chunk.pg_collection.cp
         )
         training = chunk.training
         tokens, positions, mask = local["tokens"], local["position_ids"], local["loss_mask"].float()

@@ -12,17 +12,20 @@ from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegat
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron.core.enums import ModelType
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.utils import unwrap_model
 from megatron.training import get_args, get_tokenizer, pretrain
 from megatron.training.argument_utils import hybrid_config_from_args, pretrain_cfg_container_from_args
 from megatron.training.arguments import parse_and_validate_args
 from megatron.training.models.hybrid import HybridModelConfig
 
+from megatron_elastic.batch import rank_batch
 from megatron_elastic.checkpoint import find_checkpoint, read_metadata
 from megatron_elastic.config import Recipe, Stage
 from megatron_elastic.distillation.roles import JointRoles, RoleDataset, Roles, SampledRoles
 from megatron_elastic.errors import CheckpointError
 from megatron_elastic.family import Family
 from megatron_elastic.forward_step import JointStep
+from megatron_elastic.layers.packing import packed_documents
 from megatron_elastic.layers.plain import plain_stack_spec
 from megatron_elastic.metadata import Metadata
 from megatron_elastic.metrics import StepLog
@@ -238,10 +241,11 @@ def _causal_loss(mask: torch.Tensor) -> Callable[[torch.Tensor], Any]:
 def plain_forward_step(data_iterator: Any, model: Any) -> tuple[torch.Tensor, Callable[[torch.Tensor], Any]]:
     """Megatron's `forward_step_func` for an ordinary model: next-token cross entropy."""
     batch = next(data_iterator)
-    device = next(model.parameters()).device
-    moved = {key: batch[key].to(device, non_blocking=True) for key in ("tokens", "position_ids", "labels", "loss_mask")}
-    output = model(moved["tokens"], moved["position_ids"], None, labels=moved["labels"])
-    return output, _causal_loss(moved["loss_mask"])
+    groups, device = unwrap_model(model).pg_collection, next(model.parameters()).device
+    local, documents = rank_batch(batch, ("tokens", "position_ids", "labels", "loss_mask"), device, groups.cp)
+    packed = None if documents is None else packed_documents(documents)
+    output = model(local["tokens"], local["position_ids"], None, labels=local["labels"], packed_seq_params=packed)
+    return output, _causal_loss(local["loss_mask"])
 
 
 def train_plain(

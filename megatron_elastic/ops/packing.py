@@ -23,20 +23,6 @@ def documents_from_cu_seqlens(cu_seqlens: Tensor, total_tokens: int) -> Tensor:
     return torch.searchsorted(cu_seqlens[1:].contiguous(), tokens, right=True)[None].to(torch.int32)
 
 
-def documents_from_eod(tokens: Tensor, eod: int) -> Tensor:
-    """Document numbers from the tokens that end documents.
-
-    Args:
-        tokens: `[b, s]`, whole sequences.
-        eod: the token that ends a document, and belongs to it.
-
-    Returns:
-        `[b, s]` int32.
-    """
-    ended = (tokens == eod).cumsum(1)
-    return torch.nn.functional.pad(ended[:, :-1], (1, 0)).to(torch.int32)
-
-
 def check_documents(documents: Tensor | None, batch: int, length: int) -> None:
     """Refuses document numbers of another shape than the tokens (that they do not decrease is the caller's matter).
 

@@ -29,6 +29,7 @@ LEVELS = {
     "layers": 5,
     "specs": 5,
     "model": 5,
+    "batch": 6,
     "distillation": 6,
     "schedule": 6,
     "forward_step": 7,
