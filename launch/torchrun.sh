@@ -97,8 +97,8 @@ number --wait "$wait" 1 86400
 if [[ ! ${SLURM_STEP_TASKS_PER_NODE:-1} =~ ^1(\(x[0-9]+\))?$ || ${SLURM_LOCALID:-0} != 0 ]]; then
   faults+=("SLURM starts several tasks on a node: torchrun starts a node's ranks itself, so give srun --ntasks-per-node=1")
 fi
-if [[ -z $master ]]; then
-  if [[ $nodes == 1 ]]; then
+if [[ -z $master && $nodes =~ ^[1-9][0-9]*$ ]]; then
+  if ((nodes == 1)); then
     master=127.0.0.1
   elif [[ -z $node_list ]]; then
     faults+=("--master-addr is missing: with more than one node it is the address of node 0, the same on every node")

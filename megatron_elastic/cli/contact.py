@@ -39,7 +39,7 @@ def reason(text: str) -> str | None:
     for sign in _SIGNS:
         found = re.search(sign, text)
         if found:
-            return found.group(1).strip()
+            return found.group(1).strip().rstrip(".")
     return None
 
 

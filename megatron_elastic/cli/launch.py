@@ -100,7 +100,7 @@ def _free_port() -> int:
 
 
 def environment() -> dict[str, str]:
-    """Variables of a child: the package on its path, one thread a rank by default, and no GPU where torch can use none."""
+    """Variables of a child: the package on its path, one thread a rank by default, no GPU where torch can use none."""
     found = dict(os.environ)
     paths = [str(PACKAGE_PARENT), *filter(None, [found.get("PYTHONPATH")])]
     # The working directory is not searched for modules: it holds folders such as `wandb`.
@@ -179,8 +179,8 @@ def _failure(what: str, status: int, tail: Sequence[str], log: Path) -> ElasticE
         return ElasticError(f"{messages[0]}\n{where}")
     lost = next(filter(None, (contact.reason(line) for line in tail if contact.MARK not in line)), None)
     if lost and not killed and not messages:
-        again = "Give the same command again on every node: it goes on from the newest checkpoint"
-        return ElasticError(f"{what}: {contact.LOST}: {lost}. {again}\n{where}")
+        again = "The same command, given again on every node, goes on from the newest checkpoint"
+        return ElasticError(f"{what}: no contact with the other nodes: {lost}. {again}\n{where}")
     shown = "".join(f"\n  | {line}" for line in tail[-TAIL:])
     return ElasticError(f"{what} ended with status {status}; the end of its output, all of which is in {log}:{shown}")
 
