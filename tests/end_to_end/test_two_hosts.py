@@ -1,4 +1,4 @@
-"""`launch/torchrun.sh` between two hosts, which are network namespaces of this test's own: one is cut off, both resume."""
+"""`launch/torchrun.sh` between two hosts, which are network namespaces of this test's: one is cut off, both resume."""
 
 import os
 import shutil
@@ -80,10 +80,8 @@ def hosts() -> Iterator[tuple[Host, Host]]:
             if made.returncode:
                 pytest.skip(f"network namespaces cannot be made here: {made.stderr.strip()}")
         first, second = pair
-        steps = [
-            ["link", "add", first.cable, "netns", first.name, "type", "veth"]
-            + ["peer", "name", second.cable, "netns", second.name]
-        ]
+        cable = ["type", "veth", "peer", "name", second.cable, "netns", second.name]
+        steps = [["link", "add", first.cable, "netns", first.name, *cable]]
         for host in pair:
             steps += [
                 ["-n", host.name, "addr", "add", f"{host.address}/24", "dev", host.cable],
