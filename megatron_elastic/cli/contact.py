@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 SEEN_WITHIN = 90.0
 """Seconds after which a file that one host wrote must be visible on another: NFS hides new files for up to 60."""
+PATIENCE = 300.0
+"""Seconds that rank 0 waits until the others have seen it: they may still be starting."""
 MARK = "lost contact |"
 """What the lines of a traceback begin with when it tells only that another rank is gone."""
 LOST = "lost contact with the other ranks"
@@ -94,7 +96,7 @@ def same_folder(folder: Path, position: Callable[[], int], *, within: float = SE
         return position()
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     server = torch.distributed.TCPStore(
-        address, port, is_master=False, timeout=timedelta(seconds=within + 60), wait_for_workers=False
+        address, port, is_master=False, timeout=timedelta(seconds=PATIENCE), wait_for_workers=False
     )
     store = torch.distributed.PrefixStore("megatron_elastic", server)
     if store.add(f"starts of {rank}", 1) > 1:
@@ -107,15 +109,17 @@ def same_folder(folder: Path, position: Callable[[], int], *, within: float = SE
             return _show(store, folder, position(), world)
     wanted, mark = store.get("start").decode().split(" ")
     deadline = time.monotonic() + within
-    while not (folder / mark).exists() or position() != int(wanted):
+    while not (folder / mark).exists() or (here := position()) != int(wanted):
         if time.monotonic() > deadline:
-            raise ElasticError(
+            fault = (
                 f"{_rank()} does not see what rank 0 sees in {folder.resolve()} (there iteration {wanted}, here "
                 f"{position()}): give all nodes the same folder, on a file system that they share"
             )
+            store.set(f"seen by {rank}", fault)
+            raise ElasticError(fault)
         time.sleep(0.1)
     store.set(f"seen by {rank}", "")
-    return int(wanted)
+    return here
 
 
 def _show(store: "Store", folder: Path, found: int, world: int) -> int:
@@ -124,7 +128,10 @@ def _show(store: "Store", folder: Path, found: int, world: int) -> int:
     mark.touch()
     try:
         store.set("start", f"{found} {mark.name}")
-        store.wait([f"seen by {rank}" for rank in range(1, world)])
+        answers = [store.get(f"seen by {rank}").decode() for rank in range(1, world)]
     finally:
         mark.unlink()
+    faults = [answer for answer in answers if answer]
+    if faults:
+        raise ElasticError(faults[0])
     return found

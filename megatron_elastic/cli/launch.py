@@ -165,20 +165,20 @@ def _own_messages(tail: Sequence[str]) -> list[str]:
 
 def _failure(what: str, status: int, tail: Sequence[str], log: Path) -> ElasticError:
     where = f"({what} ended with status {status}; its whole output is in {log})"
-    tail = list(tail)
+    failed = [number for number, line in enumerate(tail) if "failed (exitcode: " in line]
+    # After that line stands torchrun's own report of which rank it was, a page without the reason.
+    tail = list(tail[: failed[0] + 1] if failed else tail)
     messages = _own_messages(tail)
     causes = [message for message in messages if contact.LOST not in message]
     if causes:
         return ElasticError(f"{causes[0]}\n{where}")
-    # A rank that lost contact tells only that another one ended: why comes first, where this node knows it.
-    signals = re.findall(r"^ *exitcode +: -(\d+) ", "\n".join(tail), re.MULTILINE)
-    killed = [int(number) for number in signals if int(number) not in (signal.SIGTERM, signal.SIGABRT)]
-    elsewhere = [line for line in tail if "Traceback (most recent call last)" in line and contact.MARK not in line]
-    # One traceback is torchrun's own, which lists the ranks that failed.
-    if messages and not killed and len(elsewhere) <= 1:
+    # That contact was lost tells only that something ended: why comes first, where this node knows it.
+    killed = bool(failed) and re.search(r"exitcode: -(?!6\b|15\b)\d+", tail[-1])  # not by abort() or by torchrun
+    crashed = any("Traceback (most recent call last)" in line and contact.MARK not in line for line in tail)
+    if messages and not killed and not crashed:
         return ElasticError(f"{messages[0]}\n{where}")
     lost = next(filter(None, (contact.reason(line) for line in tail if contact.MARK not in line)), None)
-    if lost and not killed and not messages:
+    if lost and not killed and not (failed and crashed):
         again = "The same command, given again on every node, goes on from the newest checkpoint"
         return ElasticError(f"{what}: no contact with the other nodes: {lost}. {again}\n{where}")
     shown = "".join(f"\n  | {line}" for line in tail[-TAIL:])

@@ -15,7 +15,7 @@ from megatron_elastic.checkpoint import find_checkpoint, read_metadata, read_ten
 from tests.end_to_end import small_run
 
 SCRIPT = small_run.ROOT / "launch" / "torchrun.sh"
-TIMEOUT = 20
+TIMEOUT = 30
 """Seconds that a rank waits for another one."""
 PATIENCE = 400
 """Seconds after which a machine is not only slow."""
@@ -106,6 +106,9 @@ def prepare(folder: Path) -> None:
         "hybrid-layer-pattern": recipe["megatron"]["hybrid-layer-pattern"].replace("|", ""),
         "distributed-timeout-seconds-after-init": TIMEOUT,
     }
+    # The engine's last rank hands wandb the tracker file that its first rank may not have written yet.
+    for name in [flag for flag in recipe["megatron"] if flag.startswith("wandb")]:
+        del recipe["megatron"][name]
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
 
 
@@ -140,13 +143,12 @@ def test_a_host_is_cut_off_and_the_restart_resumes(hosts: tuple[Host, Host], tmp
         wait_for(lambda: saved(folder) >= 2, running)
         assert ip("-n", hosts[1].name, "link", "set", hosts[1].cable, "down").returncode == 0
         cut = time.monotonic()
-        at = saved(folder)
         # The same training on one host, never stopped, while the two wait for each other.
         running.append(launched(alone, "--nproc-per-node", "2", "--master-port", "29711"))
         for number, process in enumerate(running[:2]):
             done = ended(process)
-            # The timeout, and what it takes a loaded machine to end the processes.
-            assert time.monotonic() - cut < TIMEOUT + 100
+            # The recipe's timeout and not the engine's default of 600 s, on however loaded a machine.
+            assert time.monotonic() - cut < 300
             assert done.returncode == 1, done.stdout + done.stderr
             # The cut may fall between a save and its line in the tracker.
             resumes = f"goes on from iteration {saved(folder)}, the last that was saved"
