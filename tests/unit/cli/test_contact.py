@@ -122,18 +122,20 @@ except ElasticError as error:
 """
 
 
-def begin(folders: list[Path], positions: list[int], twice: bool = False) -> list[str]:
-    """What each rank says."""
+def store(folders: int) -> tuple[torch.distributed.TCPStore, dict[str, str]]:
+    """A store as torchrun's first agent keeps it, and the variables that lead a rank there."""
     server = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    if twice:
-        for rank in range(len(folders)):
-            torch.distributed.PrefixStore("megatron_elastic", server).add(f"starts of {rank}", 1)
-    shared = {**os.environ, "PYTHONPATH": str(ROOT), "WORLD_SIZE": str(len(folders)), "MASTER_ADDR": "127.0.0.1"}
-    shared |= {"MASTER_PORT": str(server.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    variables = {"WORLD_SIZE": str(folders), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(server.port)}
+    return server, {**variables, "TORCHELASTIC_USE_AGENT_STORE": "True"}
+
+
+def begin(folders: list[Path], positions: list[int]) -> list[str]:
+    """What each rank says."""
+    _server, variables = store(len(folders))
     ranks = [
         subprocess.Popen(
             [sys.executable, "-c", RANK, str(folder), str(position)],
-            env={**shared, "RANK": str(rank)},
+            env={**os.environ, "PYTHONPATH": str(ROOT), **variables, "RANK": str(rank)},
             stdout=subprocess.PIPE,
             text=True,
         )
@@ -143,19 +145,23 @@ def begin(folders: list[Path], positions: list[int], twice: bool = False) -> lis
 
 
 @pytest.mark.slow
-def test_ranks_that_see_one_folder_begin_together(tmp_path: Path) -> None:
+@pytest.mark.distributed
+def test_ranks_begin_together_only_where_they_see_the_same(tmp_path: Path) -> None:
     save = tmp_path / "family"
-    assert begin([save] * 3, [5] * 3) == ["begins at 5\n"] * 3
-    assert list(save.iterdir()) == []
-
-
-@pytest.mark.slow
-def test_another_folder_another_position_and_a_second_start_are_refused(tmp_path: Path) -> None:
-    save = tmp_path / "family"
-    said = begin([save, save, tmp_path / "own"], [5, 5, 5])
-    assert said == [said[2], "begins at 5\n", said[2]]
+    assert begin([save] * 2, [5] * 2) == ["begins at 5\n"] * 2
+    said = begin([save, save, tmp_path / "own"], [5, 4, 5])
+    assert "rank 1 does not see what rank 0 sees" in said[1]
+    assert "there iteration 5, here 4" in said[1]
     assert "rank 2 does not see what rank 0 sees" in said[2]
-    said = begin([save, save], [5, 4])
-    assert "there iteration 5, here 4" in said[1] == said[0]
-    assert "rank 1 was started twice" in begin([save, save], [5, 5], twice=True)[1]
+    # The first node tells the reason too, and leaves nothing behind.
+    assert said[0] == said[1]
     assert list(save.iterdir()) == []
+
+
+def test_a_second_start_while_the_first_still_runs_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    server, variables = store(2)
+    for name, value in {**variables, "RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
+    torch.distributed.PrefixStore("megatron_elastic", server).add("starts of 1", 1)
+    with pytest.raises(ElasticError, match=r"rank 1 was started twice at 127\.0\.0\.1"):
+        contact.same_folder(tmp_path, lambda: 0)
