@@ -15,6 +15,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from megatron_elastic.cli import contact
 from megatron_elastic.errors import ElasticError
 
 PACKAGE_PARENT = Path(__file__).resolve().parents[2]
@@ -38,6 +39,21 @@ _DROPPED_FIELDS = (
 def under_torchrun() -> bool:
     """Whether this process is a rank that torchrun (or SLURM with torchrun's variables) started."""
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def world_of(ranks: int | None) -> int:
+    """Ranks that torchrun started in all.
+
+    Args:
+        ranks: what `--ranks` says, if anything.
+
+    Raises:
+        ElasticError: `--ranks` says another number.
+    """
+    world = int(os.environ["WORLD_SIZE"])
+    if ranks not in (None, world):
+        raise ElasticError(f"--ranks {ranks}: torchrun started {world}; leave --ranks out under torchrun")
+    return world
 
 
 def gpu_count() -> int:
@@ -84,11 +100,12 @@ def _free_port() -> int:
 
 
 def environment() -> dict[str, str]:
-    """Variables of a child: the package on its path, one thread a rank, and no GPU where torch can use none."""
+    """Variables of a child: the package on its path, one thread a rank by default, no GPU where torch can use none."""
     found = dict(os.environ)
     paths = [str(PACKAGE_PARENT), *filter(None, [found.get("PYTHONPATH")])]
     # The working directory is not searched for modules: it holds folders such as `wandb`.
-    found.update(PYTHONPATH=os.pathsep.join(paths), PYTHONSAFEPATH="1", PYTHONUNBUFFERED="1", OMP_NUM_THREADS="1")
+    found.update(PYTHONPATH=os.pathsep.join(paths), PYTHONSAFEPATH="1", PYTHONUNBUFFERED="1")
+    found.setdefault("OMP_NUM_THREADS", "1")
     found.setdefault("TOKENIZERS_PARALLELISM", "false")
     if "WANDB_API_KEY" not in found and not Path("~/.netrc").expanduser().exists():
         found.setdefault("WANDB_MODE", "offline")  # without an account wandb would ask for one
@@ -130,20 +147,41 @@ def _stop(processes: Sequence[subprocess.Popen[str]]) -> None:
             process.wait()
 
 
-def _failure(what: str, status: int, tail: Sequence[str], log: Path) -> ElasticError:
-    errors = [index for index, line in enumerate(tail) if _ERROR.search(line)]
-    if errors:
-        # The child's own message says it all; a list of faults goes on in indented lines.
-        first = _ERROR.search(tail[errors[0]])
-        assert first is not None
-        message = [first.group(1)]
-        for line in tail[errors[0] + 1 :]:
-            if not line.startswith("  - "):
+def _own_messages(tail: Sequence[str]) -> list[str]:
+    """The messages that ranks ended with; a list of faults goes on in indented lines."""
+    messages = []
+    for index, line in enumerate(tail):
+        found = _ERROR.search(line)
+        if not found:
+            continue
+        message = [found.group(1)]
+        for more in tail[index + 1 :]:
+            if not more.startswith("  - "):
                 break
-            message.append(line)
-        text = "\n".join(message)
-        return ElasticError(f"{text}\n({what} ended with status {status}; its whole output is in {log})")
-    shown = "".join(f"\n  | {line}" for line in list(tail)[-TAIL:])
+            message.append(more)
+        messages.append("\n".join(message))
+    return messages
+
+
+def _failure(what: str, status: int, tail: Sequence[str], log: Path) -> ElasticError:
+    where = f"({what} ended with status {status}; its whole output is in {log})"
+    failed = [number for number, line in enumerate(tail) if "failed (exitcode: " in line]
+    # After that line stands torchrun's own report of which rank it was, a page without the reason.
+    tail = list(tail[: failed[0] + 1] if failed else tail)
+    messages = _own_messages(tail)
+    causes = [message for message in messages if contact.LOST not in message]
+    if causes:
+        return ElasticError(f"{causes[0]}\n{where}")
+    # That contact was lost tells only that something ended: why comes first, where this node knows it.
+    killed = bool(failed) and re.search(r"exitcode: -(?!6\b|15\b)\d+", tail[-1])  # not by abort() or by torchrun
+    crashed = any("Traceback (most recent call last)" in line and contact.MARK not in line for line in tail)
+    if messages and not killed and not crashed:
+        return ElasticError(f"{messages[0]}\n{where}")
+    lost = next(filter(None, (contact.reason(line) for line in tail if contact.MARK not in line)), None)
+    if lost and not killed and not (failed and crashed):
+        again = "The same command, given again on every node, goes on from the newest checkpoint"
+        return ElasticError(f"{what}: no contact with the other nodes: {lost}. {again}\n{where}")
+    shown = "".join(f"\n  | {line}" for line in tail[-TAIL:])
     return ElasticError(f"{what} ended with status {status}; the end of its output, all of which is in {log}:{shown}")
 
 
@@ -160,7 +198,7 @@ def run_children(commands: Sequence[Sequence[str]], *, what: str, log: Path) -> 
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     logs = [log] if len(commands) == 1 else [log.with_stem(f"{log.stem}-{n}") for n in range(1, len(commands) + 1)]
-    tails: list[deque[str]] = [deque(maxlen=400) for _ in commands]
+    tails: list[deque[str]] = [deque(maxlen=2000) for _ in commands]
     processes: list[subprocess.Popen[str]] = []
     threads = []
 

@@ -4,18 +4,20 @@ import argparse
 import os
 from pathlib import Path
 
-from megatron_elastic.cli import launch, options
+from megatron_elastic.cli import contact, launch, options
 from megatron_elastic.errors import ElasticError
 
 HELP = "train the family: every budget at once, by distillation from the frozen parent"
 DESCRIPTION = """\
 Train the family that the recipe describes, from the sorted parent (elastic.parent) into
 elastic.save, with Megatron's pretrain(): one run of its own for every stage. Stages that are done
-are left out, and an interrupted stage goes on from its newest checkpoint. Under torchrun it is one
-of the ranks and makes one stage, the current one: start it once a stage. Otherwise it starts the
-ranks. Ctrl-C or SIGTERM end it after the step it is in, with a checkpoint, and exit status 130: the
-same command goes on from there. Output: logs/train-stage-N.log beside the family's folder;
-TensorBoard: SAVE/tensorboard."""
+are left out, and an interrupted stage goes on from its newest checkpoint. Without torchrun it
+starts the ranks, on this machine. Under torchrun it is one of the ranks and makes one stage, the
+current one; launch/torchrun.sh starts torchrun once a stage, on one node or several. Ctrl-C or
+SIGTERM end it after the step it is in, with a checkpoint, and exit status 130: the same command
+goes on from there. Output: logs/train-stage-N.log beside the family's folder; TensorBoard:
+SAVE/tensorboard."""
+DONE = "every stage is done: nothing to do"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -64,17 +66,16 @@ def _one_rank(arguments: argparse.Namespace) -> int:
     from megatron_elastic.cli import position, worker
     from megatron_elastic.config import load_recipe
 
-    world = int(os.environ["WORLD_SIZE"])
-    if arguments.ranks not in (None, world):
-        raise ElasticError(f"--ranks {arguments.ranks}: torchrun started {world}; leave --ranks out under torchrun")
-    recipe = load_recipe(arguments.recipe, world_size=world)
+    recipe = load_recipe(arguments.recipe, world_size=launch.world_of(arguments.ranks))
     position.check_data(recipe)
     position.check_parent(recipe)
+    contact.same_folder(Path(recipe.save), lambda: position.tracked(recipe.save))
     number = recipe.stage_of(position.family_position(recipe))
-    if number > len(recipe.stages):
-        print("every stage is done: nothing to do")
-        return 0
-    return worker.train(arguments.recipe, number)
+    if number <= len(recipe.stages):
+        return worker.train(arguments.recipe, number)
+    if os.environ["RANK"] == "0":
+        print(DONE)
+    return 0
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -82,5 +83,5 @@ def run(arguments: argparse.Namespace) -> int:
     if launch.under_torchrun():
         return _one_rank(arguments)
     if not train(arguments.recipe, arguments.ranks):
-        print("every stage is done: nothing to do")
+        print(DONE)
     return 0

@@ -7,11 +7,14 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron_elastic.errors import RecipeError
+from megatron_elastic.cli import contact, node
 
 
 def add_arguments(name: str, parser: argparse.ArgumentParser) -> None:
     """Declare a worker's arguments on its own parser."""
+    if name == "_node":
+        node.add_arguments(parser)
+        return
     if name == "_evaluate_all":
         parser.add_argument("plan", type=Path)
         parser.add_argument("--part", type=int, default=0)
@@ -38,15 +41,16 @@ def _leave_group() -> None:
 
 def train(path: Path, number: int) -> int:
     """One rank of one elastic stage."""
-    from megatron_elastic.cli.position import prepare
+    from megatron_elastic.cli.position import prepare, tracked
     from megatron_elastic.config import load_recipe
 
     recipe = load_recipe(path, world_size=_world())
     prepare()
     from megatron_elastic.training import train_stage
 
-    train_stage(recipe, number)
-    _leave_group()
+    with contact.watched(lambda: tracked(recipe.save)):
+        train_stage(recipe, number)
+        _leave_group()
     return 0
 
 
@@ -57,26 +61,27 @@ def stage(arguments: argparse.Namespace) -> int:
 
 def pretrain(arguments: argparse.Namespace) -> int:
     """`_pretrain RECIPE`: one rank of the parent's training."""
-    from megatron_elastic.cli.position import prepare
+    from megatron_elastic.cli.position import prepare, tracked
+    from megatron_elastic.cli.pretrain import section_of
     from megatron_elastic.config import load_recipe
 
     recipe = load_recipe(arguments.recipe, world_size=_world())
-    if recipe.pretrain is None:
-        raise RecipeError(["pretrain: this section says how the parent is trained; it is missing"], recipe.source)
+    section = section_of(recipe)
     prepare()
     from megatron_elastic.training import train_plain
 
-    train_plain(
-        {**recipe.megatron, **recipe.pretrain.megatron},
-        (recipe.pretrain.stage,),
-        1,
-        train_data=recipe.train_data,
-        validation_data=recipe.validation_data,
-        save=recipe.pretrain.save,
-        save_interval=recipe.save_interval,
-        evaluation=(recipe.evaluation.interval, recipe.evaluation.iterations),
-    )
-    _leave_group()
+    with contact.watched(lambda: tracked(section.save)):
+        train_plain(
+            {**recipe.megatron, **section.megatron},
+            (section.stage,),
+            1,
+            train_data=recipe.train_data,
+            validation_data=recipe.validation_data,
+            save=section.save,
+            save_interval=recipe.save_interval,
+            evaluation=(recipe.evaluation.interval, recipe.evaluation.iterations),
+        )
+        _leave_group()
     return 0
 
 
@@ -101,7 +106,7 @@ def scratch_flags(recipe: Any, budget: str) -> dict[str, Any]:
 
 def scratch(arguments: argparse.Namespace) -> int:
     """`_scratch RECIPE --stage K --budget NAME --save DIR`: one rank of a baseline on the text that the family read."""
-    from megatron_elastic.cli.position import prepare
+    from megatron_elastic.cli.position import prepare, tracked
     from megatron_elastic.config import load_recipe
 
     recipe = load_recipe(arguments.recipe, world_size=_world())
@@ -109,17 +114,18 @@ def scratch(arguments: argparse.Namespace) -> int:
     prepare()
     from megatron_elastic.training import train_plain
 
-    train_plain(
-        flags,
-        recipe.stages,
-        arguments.stage,
-        train_data=recipe.train_data,
-        validation_data=recipe.validation_data,
-        save=arguments.save,
-        save_interval=recipe.save_interval,
-        evaluation=(recipe.evaluation.interval, recipe.evaluation.iterations),
-    )
-    _leave_group()
+    with contact.watched(lambda: tracked(arguments.save)):
+        train_plain(
+            flags,
+            recipe.stages,
+            arguments.stage,
+            train_data=recipe.train_data,
+            validation_data=recipe.validation_data,
+            save=arguments.save,
+            save_interval=recipe.save_interval,
+            evaluation=(recipe.evaluation.interval, recipe.evaluation.iterations),
+        )
+        _leave_group()
     return 0
 
 
@@ -155,5 +161,6 @@ RUN: Mapping[str, Callable[[argparse.Namespace], int]] = {
     "_pretrain": pretrain,
     "_scratch": scratch,
     "_evaluate_all": evaluate_all,
+    "_node": node.run,
 }
 """Worker's name -> its function."""

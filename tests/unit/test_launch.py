@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
 from pathlib import Path
@@ -243,3 +244,135 @@ def test_help_is_complete(machine: Machine) -> None:
     run = machine.quickstart("--help")
     assert run.returncode == 0
     assert all(flag in run.stdout for flag in ("--out", "--ranks", "--help"))
+
+
+# launch/torchrun.sh: what it makes of options and of SLURM's variables; `python` and `scontrol` are stubs.
+
+SLURM = {
+    "SLURM_JOB_ID": "70012",
+    "SLURM_NNODES": "4",
+    "SLURM_NODEID": "2",
+    "SLURM_JOB_NODELIST": "gpu[07-10]",
+    "SLURM_GPUS_ON_NODE": "8",
+}
+SCONTROL = """#!/usr/bin/env bash
+[[ "$1 $2" == "show hostnames" && $3 == "gpu[07-10]" ]] || exit 1
+printf '%s\\n' gpu07 gpu08 gpu09 gpu10
+"""
+
+
+def torchrun(machine: Machine, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    machine.interpreter("python3.12", "3.12")
+    (machine.home / "recipe.yaml").write_text("")
+    program = machine.bin / "scontrol"
+    program.write_text(SCONTROL)
+    program.chmod(0o755)
+    words = [str(machine.clone / "launch" / "torchrun.sh"), *arguments]
+    return machine.run("-c", 'cd "$HOME" && exec "$@"', "-", str(machine.bin / "bash"), *words, **variables)
+
+
+def chosen(run: subprocess.CompletedProcess[str]) -> dict[str, str]:
+    """Option -> value of the command that a dry run prints, with what follows torchrun's options under `rest`."""
+    assert run.returncode == 0, run.stderr
+    words = shlex.split(run.stdout)
+    assert words[:3] == ["python", "-m", "torch.distributed.run"]
+    split = words.index("-m", 3)
+    options = words[3:split]
+    return {**dict(zip(options[::2], options[1::2], strict=True)), "rest": " ".join(words[split:])}
+
+
+def test_one_node_needs_no_option_but_the_ranks(machine: Machine) -> None:
+    found = chosen(torchrun(machine, "--nproc-per-node", "2", "--dry-run", "train", "recipe.yaml"))
+    assert found == {
+        "--nnodes": "1",
+        "--node-rank": "0",
+        "--nproc-per-node": "2",
+        "--master-addr": "127.0.0.1",
+        "--master-port": "29500",
+        "--max-restarts": "0",
+        "--rdzv-conf": "timeout=600",
+        "rest": "-m megatron_elastic train recipe.yaml",
+    }
+
+
+def test_several_nodes_by_options(machine: Machine) -> None:
+    options = ["--nnodes=2", "--node-rank", "1", "--nproc-per-node=4", "--master-addr", "10.0.0.7", "--master-port=999"]
+    found = chosen(torchrun(machine, *options, "--wait", "30", "pretrain", "recipe.yaml", "--dry-run"))
+    wanted = {"--nnodes": "2", "--node-rank": "1", "--nproc-per-node": "4", "--master-addr": "10.0.0.7"}
+    wanted |= {"--master-port": "999", "--rdzv-conf": "timeout=30", "rest": "-m megatron_elastic pretrain recipe.yaml"}
+    assert wanted.items() <= found.items()
+
+
+def test_slurms_variables_say_everything_and_options_win(machine: Machine) -> None:
+    found = chosen(torchrun(machine, "--dry-run", "train", "recipe.yaml", **SLURM))
+    wanted = {"--nnodes": "4", "--node-rank": "2", "--nproc-per-node": "8", "--master-addr": "gpu07"}
+    assert {**wanted, "--master-port": str(15000 + 12)}.items() <= found.items()
+    step = {"SLURM_STEP_NUM_NODES": "3", "SLURM_STEP_NODELIST": "gpu[07-10]", "SLURM_STEP_TASKS_PER_NODE": "1(x3)"}
+    assert chosen(torchrun(machine, "--dry-run", "train", "recipe.yaml", **SLURM, **step))["--nnodes"] == "3"
+    options = ["--node-rank", "3", "--master-addr", "login", "--nproc-per-node", "1", "--master-port", "77"]
+    found = chosen(torchrun(machine, *options, "--dry-run", "train", "recipe.yaml", **SLURM))
+    wanted = {"--nnodes": "4", "--node-rank": "3", "--nproc-per-node": "1", "--master-addr": "login"}
+    assert {**wanted, "--master-port": "77"}.items() <= found.items()
+
+
+def test_the_nodes_part_is_started_with_torchruns_command(machine: Machine) -> None:
+    run = torchrun(machine, "train", "recipe.yaml", **SLURM)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout == (
+        "ran _node --nodes 4 --node-rank 2 --ranks 32 --master-port 15012 train recipe.yaml -- python -m "
+        "torch.distributed.run --nnodes 4 --node-rank 2 --nproc-per-node 8 --master-addr gpu07 --max-restarts 0 "
+        "--rdzv-conf timeout=600\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "variables", "faults"),
+    [
+        (["--nnodes", "2", "train", "recipe.yaml"], {}, ["--master-addr is missing"]),
+        (["--nnodes", "2", "--node-rank", "2", "--master-addr", "a", "train", "recipe.yaml"], {}, ["0 to 1"]),
+        (["--nnodes", "1", "train", "recipe.yaml"], SLURM, ["--node-rank is '2'"]),
+        (["train", "recipe.yaml"], {**SLURM, "SLURM_JOB_NODELIST": "x[1"}, ["scontrol show hostnames x[1"]),
+        (["train", "recipe.yaml"], {**SLURM, "SLURM_LOCALID": "1"}, ["--ntasks-per-node=1"]),
+        (["train", "recipe.yaml"], {**SLURM, "SLURM_STEP_TASKS_PER_NODE": "8(x4)"}, ["--ntasks-per-node=1"]),
+        ([], {}, ["COMMAND is missing", "found: nothing"]),
+        (["train", "none.yaml"], {}, ["RECIPE is 'none.yaml'"]),
+        (["extract", "recipe.yaml"], {}, ["COMMAND is 'extract'"]),
+        (
+            ["--speed", "--nnodes", "two", "--nproc-per-node", "0", "--wait", "--master-port", "70000", "train"],
+            {},
+            [
+                "option '--speed'",
+                "--nnodes is 'two'",
+                "--nproc-per-node is '0'",
+                "--wait needs",
+                "1 to 65535",
+                "RECIPE",
+            ],
+        ),
+    ],
+)
+def test_what_does_not_fit_is_refused_with_every_fault(
+    machine: Machine, arguments: list[str], variables: dict[str, str], faults: list[str]
+) -> None:
+    run = torchrun(machine, *arguments, **variables)
+    assert run.returncode == 2, run.stdout
+    assert run.stdout == ""
+    lines = [line for line in run.stderr.splitlines() if line.startswith("  - ")]
+    assert all(any(fault in line for line in lines) for fault in faults), run.stderr
+    assert f"torchrun.sh: {len(lines)} fault(s)" in run.stderr
+    assert len(lines) == len(faults), run.stderr
+    assert machine.calls() == []
+
+
+def test_help_of_torchrun_tells_every_option(machine: Machine) -> None:
+    run = torchrun(machine, "--help")
+    assert run.returncode == 0
+    named = {"--nnodes", "--node-rank", "--nproc-per-node", "--master-addr", "--master-port", "--wait", "--dry-run"}
+    assert all(option in run.stdout for option in named)
+
+
+@pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")
+def test_the_scripts_pass_shellcheck() -> None:
+    scripts = [str(path) for path in sorted((ROOT / "launch").glob("*.sh"))]
+    done = subprocess.run(["shellcheck", "-x", *scripts], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout

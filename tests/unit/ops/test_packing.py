@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from megatron_elastic.ops.packing import documents_from_cu_seqlens, documents_from_eod
+from megatron_elastic.ops.packing import documents_from_cu_seqlens
 
 
 @pytest.mark.parametrize(
@@ -30,10 +30,3 @@ def test_cu_seqlens_of_another_shape_are_refused() -> None:
     for shape in ((0,), (1, 3)):
         with pytest.raises(ValueError, match="cu_seqlens has the shape"):
             documents_from_cu_seqlens(torch.zeros(shape, dtype=torch.int32), 4)
-
-
-def test_the_end_token_belongs_to_the_document_it_ends() -> None:
-    tokens = torch.tensor([[7, 9, 7, 7, 9, 9, 7], [9, 7, 7, 7, 7, 7, 9], [7] * 7])
-    expected = [[0, 0, 1, 1, 1, 2, 3], [0, 1, 1, 1, 1, 1, 1], [0] * 7]
-    assert documents_from_eod(tokens, 9).tolist() == expected
-    assert documents_from_eod(tokens, 7).tolist() != expected
