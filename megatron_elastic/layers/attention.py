@@ -10,6 +10,7 @@ from torch import Tensor
 
 from megatron_elastic.family import SlicePlan
 from megatron_elastic.layers.context_parallel import context_parallel_attention
+from megatron_elastic.layers.recompute import normed
 from megatron_elastic.masks import Masks
 
 
@@ -80,12 +81,15 @@ class ElasticAttentionLayer(TransformerLayer):
         documents: Tensor | None = None,
     ) -> Tensor:
         """`[s, b, kept hidden]` -> the same shape."""
-        where = {"rotary_pos_emb": rotary_pos_emb, "documents": documents}
-        if masks is not None:
-            normed = self.input_layernorm(hidden_states, width=masks.hidden.sum())
-            out = self.self_attention(normed, mask=masks.attention_heads, **where)
-            return hidden_states + out * masks.hidden
-        normed = self.input_layernorm(
-            hidden_states, segments=None if plan is None else plan.segments["input_layernorm.weight"]
-        )
-        return hidden_states + self.self_attention(normed, plan=plan, **where)
+        segments = None if plan is None else plan.segments["input_layernorm.weight"]
+
+        def norm(x: Tensor, width: Tensor | None) -> Tensor:
+            return self.input_layernorm(x, width=width, segments=segments)
+
+        def body(x: Tensor) -> Tensor:
+            mask = None if masks is None else masks.attention_heads
+            return self.self_attention(x, mask=mask, plan=plan, rotary_pos_emb=rotary_pos_emb, documents=documents)
+
+        width = None if masks is None else masks.hidden.sum()
+        out = normed(norm, body, hidden_states, width, recompute=self.recompute_input_layernorm and self.training)
+        return hidden_states + (out if masks is None else out * masks.hidden)

@@ -1,10 +1,12 @@
 """The elastic MLP layer: neurons and hidden channels narrowed."""
 
+from megatron.core import tensor_parallel
 from megatron.core.ssm.mlp_layer import MLPLayer
 from megatron.core.transformer.mlp import MLP
 from torch import Tensor
 
 from megatron_elastic.family import SlicePlan
+from megatron_elastic.layers.recompute import normed
 from megatron_elastic.masks import Masks
 
 
@@ -42,10 +44,17 @@ class ElasticMLPLayer(MLPLayer):
         documents: Tensor | None = None,
     ) -> Tensor:
         """`[s, b, kept hidden]` -> the same shape. `rotary_pos_emb` and `documents` are not used."""
-        if masks is not None:
-            normed = self.pre_mlp_layernorm(hidden_states, width=masks.hidden.sum())
-            return hidden_states + self.mlp(normed, mask=masks.ffn) * masks.hidden
-        normed = self.pre_mlp_layernorm(
-            hidden_states, segments=None if plan is None else plan.segments["pre_mlp_layernorm.weight"]
-        )
-        return hidden_states + self.mlp(normed, plan=plan)
+        segments = None if plan is None else plan.segments["pre_mlp_layernorm.weight"]
+
+        def norm(x: Tensor, width: Tensor | None) -> Tensor:
+            return self.pre_mlp_layernorm(x, width=width, segments=segments)
+
+        def body(x: Tensor) -> Tensor:
+            mask = None if masks is None else masks.ffn
+            if not self.recompute_mlp or not self.training:
+                return self.mlp(x, mask=mask, plan=plan)
+            return tensor_parallel.checkpoint(lambda x, mask: self.mlp(x, mask=mask, plan=plan), False, x, mask)
+
+        width = None if masks is None else masks.hidden.sum()
+        out = normed(norm, body, hidden_states, width, recompute=self.recompute_pre_mlp_layernorm and self.training)
+        return hidden_states + (out if masks is None else out * masks.hidden)

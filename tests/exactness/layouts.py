@@ -4,7 +4,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 FULL = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
-SELECTIVE = {"recompute_granularity": "selective", "recompute_modules": ["core_attn", "mlp", "layernorm"]}
+SELECTIVE = {"recompute_granularity": "selective", "recompute_modules": ["core_attn", "mlp"]}
+NORMS = {"recompute_granularity": "selective", "recompute_modules": ["core_attn", "mlp", "layernorm"]}
+"""With norms: core compiles a C++ extension for it at first use."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,9 @@ class Layout:
     @property
     def same_order(self) -> bool:
         """Whether every sum over tokens, samples and channels is made in one process's order: then it is bitwise."""
-        return self.tp == self.cp == self.dp == 1
+        # A norm that is recomputed adds up its input's gradient apart from the residual's.
+        recomputed = self.config.get("recompute_modules", ())
+        return self.tp == self.cp == self.dp == 1 and "layernorm" not in recomputed
 
 
 SP = {"sequence_parallel": True}
@@ -47,6 +51,7 @@ LAYOUTS: dict[str, Layout] = {
     "DP1, one microbatch a step": Layout(1, micro=4),
     "full recompute": Layout(1, config=FULL),
     "selective recompute": Layout(1, config=SELECTIVE),
+    "selective recompute, norms too": Layout(1, config=NORMS),
     "TP2": Layout(2, tp=2),
     "TP2 SP": Layout(2, tp=2, config=SP),
     "TP2 SP, full recompute": Layout(2, tp=2, config={**SP, **FULL}),
