@@ -40,9 +40,7 @@ class Layout:
     @property
     def same_order(self) -> bool:
         """Whether every sum over tokens, samples and channels is made in one process's order: then it is bitwise."""
-        # A norm that is recomputed adds up its input's gradient apart from the residual's.
-        recomputed = self.config.get("recompute_modules", ())
-        return self.tp == self.cp == self.dp == 1 and "layernorm" not in recomputed
+        return self.tp == self.cp == self.dp == 1 and "recompute_granularity" not in self.config
 
 
 SP = {"sequence_parallel": True}
@@ -83,7 +81,8 @@ OF_THE_ROUTER = ("router gradients", "penalty", "selections", "router after 5 st
 
 REASONS = {
     "same order": "the same sums in the same order",
-    "fp64": "fp64 sums in another order: some hundred roundings of 1e-16",
+    "fp64": "fp64 sums in another order, or another GEMM (torch chooses it by whether gradients are recorded, and "
+    "recompute's first forward records none): some hundred roundings of 1e-16",
     "fp32": "core's distributed optimizer is fp32 only; one process in fp32 is already 3e-5 from itself in fp64",
     "fp32 router": "fp32 only; gradients of probabilities nearly cancel: one process is 1.3e-4 from itself in fp64",
     "fp32 losses": "fp32 only; reported losses are means over some dozen tokens",
