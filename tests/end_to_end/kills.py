@@ -81,8 +81,13 @@ def fresh(folder: Path, start: Path, megatron: dict[str, Any] | None = None) -> 
     folder.mkdir()
     for name in ("corpus", "sorted"):
         (folder / name).symlink_to((start / name).resolve())
-    small_run.write_recipe(folder, {**small_run.WITHOUT_WANDB, **(megatron or {})}, router=ROUTER, stages=STAGES)
+    write_recipe(folder, megatron or {})
     return folder
+
+
+def write_recipe(folder: Path, megatron: dict[str, Any]) -> None:
+    """The recipe of these runs, with flags of Megatron on top."""
+    small_run.write_recipe(folder, {**small_run.WITHOUT_WANDB, **megatron}, router=ROUTER, stages=STAGES)
 
 
 class Reference:

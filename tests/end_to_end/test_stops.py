@@ -177,27 +177,13 @@ def test_nan_on_one_rank_is_told_and_nothing_is_committed(
     assert equals(folder, straight)
 
 
-def test_a_persistent_nan_can_be_skipped(server: RankServer, straight: Reference, tmp_path: Path) -> None:
-    folder = kills.fresh(tmp_path / "persistent", straight.folder)
-    spoil = hook(f"{FAULTS}:spoil_loss", victim=1, iteration=3, value="nan", student=0, times=9)
-    run = server.train(folder, hooks=[spoil])
-    assert run.status == 1
-    assert "16" in run.output.read_text()  # Megatron's own status of a result to be looked at on another GPU
-    saved = small_run.state(folder)
-    assert small_run.different(saved, straight.states[2]) == []
-    skip = {"iterations-to-skip": [3], "rerun-mode": "disabled"}
-    small_run.write_recipe(folder, {**small_run.WITHOUT_WANDB, **skip}, router=kills.ROUTER, stages=kills.STAGES)
-    run = server.train(folder, hooks=[spoil])
-    assert run.status == 1  # the stage's last iteration is the skipped one: Megatron saves nothing after it
-    assert "stage 1 ended before iteration 3 was saved" in run.output.read_text()
-
-
 def test_skipping_reads_the_text_and_steps_nothing(server: RankServer, straight: Reference, tmp_path: Path) -> None:
-    folder = kills.fresh(tmp_path / "skip", straight.folder, {"iterations-to-skip": [2]})
+    skip = {"iterations-to-skip": [2], "rerun-mode": "disabled"}
+    folder = kills.fresh(tmp_path / "skip", straight.folder, skip)
     run = server.train(folder, hooks=[hook(f"{FAULTS}:watch")])
     assert run.status == 0, run.text()[-3000:]
     never = texts(straight.run)
-    # Without the evaluation after iteration 2: two microbatches a role.
+    # Without the evaluation after iteration 2: two base microbatches, three roles.
     assert texts(run) == never[:12] + never[18:]
     assert sorted(kills.told(run.text())[0]) == [1, 3, 4, 5, 6]
     end = small_run.state(folder)
@@ -207,6 +193,18 @@ def test_skipping_reads_the_text_and_steps_nothing(server: RankServer, straight:
         shutil.rmtree(folder / "family" / f"iter_{iteration:07d}")
     (folder / "family" / TRACKER).write_text("3")
     assert server.train(folder).status == 0
+    assert small_run.different(small_run.state(folder), end) == []
+    # What it is for: a loss that is NaN every time. Megatron saves, to look at it on another GPU, and ends with 16.
+    folder = kills.fresh(tmp_path / "persistent", straight.folder)
+    spoil = hook(f"{FAULTS}:spoil_loss", victim=1, iteration=2, value="nan", student=0, times=9)
+    run = server.train(folder, hooks=[spoil])
+    assert run.status == 1
+    assert "16" in run.output.read_text()
+    assert "iteration 2, rank 1: the KD loss of budget half is NaN" in run.text()
+    assert small_run.different(small_run.state(folder), straight.states[1]) == []
+    kills.write_recipe(folder, skip)
+    run = server.train(folder, hooks=[spoil])
+    assert run.status == 0, run.text()[-3000:]
     assert small_run.different(small_run.state(folder), end) == []
 
 
