@@ -99,10 +99,10 @@ def test_sigterm_saves_and_the_same_command_goes_on(server: RankServer, straight
 
 
 def test_sigterm_to_the_command_under_torchrun(straight: Reference, tmp_path: Path) -> None:
-    """The real command. Nothing is saved but by the signal."""
+    """The real command, after its first save: torchrun's SIGTERM goes to everything that a rank has started."""
     folder = kills.fresh(tmp_path / "command", straight.folder)
     stages = [{**kills.STAGES[0], "iterations": 2000}]
-    small_run.write_recipe(folder, small_run.WITHOUT_WANDB, router=kills.ROUTER, stages=stages, save_interval=2000)
+    small_run.write_recipe(folder, small_run.WITHOUT_WANDB, router=kills.ROUTER, stages=stages, save_interval=3)
     command = [sys.executable, "-m", "megatron_elastic", "train", "recipe.yaml", "--ranks", "2"]
     environment = {**os.environ, "PYTHONPATH": str(small_run.ROOT), "CUDA_VISIBLE_DEVICES": "", "PYTHONUNBUFFERED": "1"}
     with subprocess.Popen(
@@ -110,14 +110,15 @@ def test_sigterm_to_the_command_under_torchrun(straight: Reference, tmp_path: Pa
     ) as process:
         assert process.stdout is not None
         for line in process.stdout:
-            if "losses of iteration 2 " in line:
+            if "losses of iteration 4 " in line:
                 process.send_signal(signal.SIGTERM)
                 break
         rest = process.stdout.read()
         status = process.wait(60)
     iteration = int((folder / "family" / TRACKER).read_text())
     assert status == 130, rest
-    assert 2 <= iteration < 2000
+    assert 4 <= iteration < 2000
+    assert "exiting program after receiving SIGTERM" in (folder / "logs" / "train-stage-1.log").read_text()
     told = f"megatron-elastic: stopped at iteration {iteration} of 2000; run the same command again to go on"
     assert rest.splitlines()[-1] == told
     step = small_run.state(folder)[ROUTER_STEP]
