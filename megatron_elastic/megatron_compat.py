@@ -4,6 +4,8 @@ import functools
 import importlib.metadata
 import importlib.util
 import inspect
+import multiprocessing.managers
+import signal
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -158,6 +160,28 @@ def _mend_skipping() -> None:
     training.dummy_train_step = dummy_train_step
 
 
+def _results_end_with_sigterm() -> bool:
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    return "ctx.Manager().Queue()" in inspect.getsource(filesystem_async.get_write_results_queue)
+
+
+def _mend_results_queue() -> None:
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    def get_write_results_queue(mp_mode: str = "spawn") -> Any:
+        """The queue of what was written, kept by a process that ignores SIGTERM and goes with this one."""
+        if filesystem_async._results_queue is None:
+            manager = multiprocessing.managers.SyncManager(ctx=filesystem_async.mp.get_context(mp_mode))
+            manager.start(signal.signal, (signal.SIGTERM, signal.SIG_IGN))
+            filesystem_async._results_queue = manager.Queue()
+            # Without a reference the process would be ended; it ends with this one.
+            filesystem_async._results_queue._manager = manager
+        return filesystem_async._results_queue
+
+    filesystem_async.get_write_results_queue = get_write_results_queue
+
+
 DEFECTS = (
     Defect(
         "dataset helpers without a Makefile",
@@ -192,6 +216,13 @@ DEFECTS = (
         "every rank (is_distributed) the ranks read different text from then on",
         _skipping_reads_on_one_rank,
         _mend_skipping,
+    ),
+    Defect(
+        "a save's results end with SIGTERM",
+        "torchrun sends SIGTERM to everything that a rank started; the process that keeps the queue of written files "
+        "dies of it, and the save that --exit-signal-handler then makes fails",
+        _results_end_with_sigterm,
+        _mend_results_queue,
     ),
 )
 

@@ -192,6 +192,9 @@ def _fork_rank(words: Sequence[str], rank: int, ranks: int, port: int, group: in
     )  # fmt: skip
     from megatron.core.dist_checkpointing.strategies import filesystem_async
 
+    from megatron_elastic import megatron_compat
+
+    megatron_compat.install()  # as every rank does, and before the queue is made
     # Forked here; core would spawn it at the first save: seconds in which another process imports torch.
     filesystem_async.get_write_results_queue("fork")
     for each in request["hooks"]:

@@ -128,11 +128,11 @@ def die(everything: bool) -> None:
 
 
 def terminate(rank: int, words: Sequence[str], *, victim: int, phase: str) -> None:
-    """SIGTERM to one rank at the beginning of a phase, from itself."""
+    """SIGTERM to the ranks and all that they started at the beginning of a rank's phase, as torchrun sends it."""
 
     def begin(word: str) -> None:
         if rank == victim and word == phase:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.killpg(0, signal.SIGTERM)
 
     Phases(begin, lambda _: None).install(words)
 

@@ -22,8 +22,12 @@ from tests.end_to_end.faults import read_counts
 from tests.rank_server import RankServer, Run, hook
 
 ROUTER = {"iterations": 4, "warmup": 1, "tolerance": 0.06}
-LAST = 5
-FIRST_OF_STAGE_2 = 4
+STAGES = [
+    {"iterations": 3, "sequence_length": 32, **small_run.STAGE},
+    {"iterations": 3, "sequence_length": 64, **small_run.STAGE},
+]
+"""The router is frozen after iteration 4, inside stage 2."""
+LAST = 6
 FAULTS = "tests.end_to_end.faults"
 KINDS = ("step", "save", "async save", "stage change")
 
@@ -72,14 +76,28 @@ def moments(seed: int) -> list[Moment]:
     return found
 
 
+def fresh(folder: Path, start: Path, megatron: dict[str, Any] | None = None) -> Path:
+    """A folder with text, parent and recipe, and no family."""
+    folder.mkdir()
+    for name in ("corpus", "sorted"):
+        (folder / name).symlink_to((start / name).resolve())
+    write_recipe(folder, megatron or {})
+    return folder
+
+
+def write_recipe(folder: Path, megatron: dict[str, Any]) -> None:
+    """The recipe of these runs, with flags of Megatron on top."""
+    small_run.write_recipe(folder, {**small_run.WITHOUT_WANDB, **megatron}, router=ROUTER, stages=STAGES)
+
+
 class Reference:
     """A run that was never stopped, every checkpoint kept."""
 
     def __init__(self, server: RankServer, folder: Path, start: Path, megatron: dict[str, Any]) -> None:
         self.folder = folder
-        shutil.copytree(start, folder)
-        small_run.write_recipe(folder, {**small_run.WITHOUT_WANDB, **megatron}, router=ROUTER)
-        run = server.train(folder, hooks=[hook(f"{FAULTS}:measure", out=str(folder / "calls"))])
+        fresh(folder, start, megatron)
+        hooks = [hook(f"{FAULTS}:measure", out=str(folder / "calls")), hook(f"{FAULTS}:watch")]
+        self.run = run = server.train(folder, hooks=hooks)
         assert run.status == 0, run.text()[-3000:]
         self.losses, self.rates, self.judged = told(run.text())
         assert sorted(self.losses) == sorted(self.rates) == list(range(1, LAST + 1))
@@ -163,11 +181,7 @@ def kill(server: RankServer, folder: Path, moment: Moment, reference: Reference)
 
 def kill_and_resume(server: RankServer, folder: Path, moment: Moment, reference: Reference) -> Outcome:
     """One moment: kills a fresh run there, looks at what it left, resumes it and compares it with the reference."""
-    folder.mkdir()
-    for path in reference.folder.iterdir():
-        if path.name in ("corpus", "sorted"):
-            (folder / path.name).symlink_to(path)
-    shutil.copy(reference.folder / "recipe.yaml", folder)
+    fresh(folder, reference.folder, {"async-save": True} if moment.is_async else {})
     faults: list[str] = []
     killed = kill(server, folder, moment, reference)
     if killed.status == 0:
@@ -179,6 +193,7 @@ def kill_and_resume(server: RankServer, folder: Path, moment: Moment, reference:
         faults.append(f"resuming ends with status {resumed.status}: {resumed.text()[-500:]}")
         return Outcome(accepted, newest, tuple(faults))
     for mine, theirs in zip((losses, rates, judged), told(resumed.text()), strict=True):
+        faults += [f"{n}: {mine[n]}, then {theirs[n]}" for n in set(mine) & set(theirs) if mine[n] != theirs[n]]
         mine.update(theirs)
     # A stage whose last checkpoint was saved is done: the evaluation after it is not made again.
     judged = {**{iteration: reference.judged[iteration] for iteration in set(reference.judged) - {LAST}}, **judged}

@@ -1,5 +1,7 @@
 """Each mended defect: its guard is false where the defect is absent, and the mend does what it says."""
 
+import os
+import signal
 from types import SimpleNamespace
 
 import pytest
@@ -8,7 +10,7 @@ import torch
 from megatron_elastic import megatron_compat
 from megatron_elastic.errors import ElasticError
 
-HELPERS, BEFORE_FIRST_STEP, INTO_LEAVES, SHARED_STEP, SKIPPING = megatron_compat.DEFECTS
+HELPERS, BEFORE_FIRST_STEP, INTO_LEAVES, SHARED_STEP, SKIPPING, RESULTS = megatron_compat.DEFECTS
 OPTIMIZER_DEFECTS = {
     "sharded_state_dict": BEFORE_FIRST_STEP,
     "_set_main_param_and_optimizer_states": INTO_LEAVES,
@@ -75,6 +77,22 @@ def test_helpers_that_are_not_compiled_are_left_alone(utils, monkeypatch, tmp_pa
     monkeypatch.setattr(utils, "__file__", str(tmp_path / "utils.py"))
     monkeypatch.setattr(megatron_compat.importlib.util, "find_spec", lambda name: None)
     assert not HELPERS.present()
+
+
+def test_the_results_of_a_save_outlive_sigterm(monkeypatch):
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    monkeypatch.setattr(filesystem_async, "_results_queue", None)
+    monkeypatch.setattr(filesystem_async, "get_write_results_queue", filesystem_async.get_write_results_queue)
+    assert RESULTS.present()
+    RESULTS.mend()
+    assert not RESULTS.present()
+    queue = filesystem_async.get_write_results_queue("fork")
+    assert filesystem_async.get_write_results_queue() is queue
+    os.kill(queue._manager._process.pid, signal.SIGTERM)
+    queue.put("written")
+    assert queue.get(timeout=60) == "written"
+    queue._manager.shutdown()
 
 
 def test_a_skipped_iteration_is_read_on_every_rank(monkeypatch):

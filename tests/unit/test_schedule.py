@@ -115,3 +115,16 @@ def test_the_stage_of_an_iteration(recipe: Recipe) -> None:
 def test_an_empty_stage_is_passed_over(recipe: Recipe) -> None:
     empty = dataclasses.replace(STAGES[0], iterations=0)
     assert dataclasses.replace(recipe, stages=(empty, *STAGES)).stage_of(0) == 2
+
+
+def test_sigterm_saves_unless_a_recipe_turns_it_off() -> None:
+    assert flags(1)["exit-signal-handler"] is True
+    off = {"flags": {"exit-signal-handler": False}}
+    assert flags(1, **off)["exit-signal-handler"] is False
+
+
+def test_asynchronous_saves_get_what_they_need_and_no_more() -> None:
+    assert not {"async-strategy", "use-persistent-ckpt-worker"} & set(flags(1))
+    made = flags(1, flags={"async-save": True})
+    assert (made["async-strategy"], made["use-persistent-ckpt-worker"]) == ("mcore", True)
+    assert flags(1, flags={"async-save": True, "async-strategy": "nvrx"})["async-strategy"] == "nvrx"

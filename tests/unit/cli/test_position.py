@@ -63,3 +63,15 @@ def test_without_a_gpu_a_run_takes_the_ranks_of_one_copy(monkeypatch: pytest.Mon
     assert position.default_ranks(split) == 24
     monkeypatch.setattr(position, "gpu_count", lambda: 8)
     assert position.default_ranks(split) == 8
+
+
+def test_a_stop_says_where(tmp_path: Path) -> None:
+    tracker = tmp_path / "latest_checkpointed_iteration.txt"
+    with pytest.raises(KeyboardInterrupt, match="stopped at iteration 0 of 9"), position.stops(tmp_path, 0, 5, 9):
+        raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt, match="stopped at iteration 3 of 9"), position.stops(tmp_path, 0, 5, 9):
+        tracker.write_text("3")  # the ranks got the signal, saved, and ended with status 0
+    with position.stops(tmp_path, 3, 5, 9):
+        tracker.write_text("5")
+    with position.stops(tmp_path, 5, 9, 9):
+        pass  # nothing was saved: that is no stop, and the caller's to judge
