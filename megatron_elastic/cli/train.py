@@ -3,9 +3,13 @@
 import argparse
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from megatron_elastic.cli import launch, options
 from megatron_elastic.errors import ElasticError
+
+if TYPE_CHECKING:
+    from megatron_elastic.config import Recipe
 
 HELP = "train the family: every budget at once, by distillation from the frozen parent"
 DESCRIPTION = """\
@@ -41,8 +45,14 @@ def train(path: Path, ranks: int | None = None) -> bool:
     recipe = load_recipe(path, world_size=ranks)
     position.check_data(recipe)
     position.check_parent(recipe)
-    made = position.family_position(recipe)
-    first = recipe.stage_of(made)
+    with position.only_run(recipe.save):
+        return _stages(recipe, path, ranks, recipe.stage_of(position.family_position(recipe)))
+
+
+def _stages(recipe: "Recipe", path: Path, ranks: int, first: int) -> bool:
+    """Runs the stages from `first` on; returns whether there were any."""
+    from megatron_elastic.cli import position
+
     for number in range(1, first):
         print(f"stage {number} of {len(recipe.stages)} is done already", flush=True)
     for number in range(first, len(recipe.stages) + 1):
@@ -64,11 +74,18 @@ def _one_rank(arguments: argparse.Namespace) -> int:
     if arguments.ranks not in (None, world):
         raise ElasticError(f"--ranks {arguments.ranks}: torchrun started {world}; leave --ranks out under torchrun")
     recipe = load_recipe(arguments.recipe, world_size=world)
-    position.check_data(recipe)
-    position.check_parent(recipe)
-    number = recipe.stage_of(position.family_position(recipe))
+
+    def stage() -> int:
+        position.check_data(recipe)
+        position.check_parent(recipe)
+        return recipe.stage_of(position.family_position(recipe))
+
+    number = position.agreed(stage)
+    if number is None:
+        return 1  # rank 0 says why
     if number > len(recipe.stages):
-        print("every stage is done: nothing to do")
+        if os.environ["RANK"] == "0":
+            print("every stage is done: nothing to do")
         return 0
     return worker.train(arguments.recipe, number)
 

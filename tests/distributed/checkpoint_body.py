@@ -9,25 +9,19 @@ from megatron_elastic import checkpoint, megatron_compat
 from megatron_elastic.checkpoint import LazyTensor
 from megatron_elastic.cpu import adaptation
 
-# Sizes of z, x, B, C, dt of the model in plain_model.py, all ranks together.
-IN_PROJ, CONV = (48, 48, 20, 20, 8), (48, 20, 20)
 CHANGED = "decoder.layers.2.mixer.in_proj.weight"
+CHANGED_PART = f"{CHANGED}.x"
 
 
-def parts_of(name: str) -> tuple[int, ...]:
-    """Part sizes of a parameter that is stored in parts."""
-    return IN_PROJ if name.endswith("in_proj.weight") else CONV if "conv1d_" in name else ()
-
-
-def rewrite(source: Path, target: Path, changed: str = "") -> None:
-    """Reads a checkpoint and writes it again; adds 1 to the parameter `changed`."""
+def rewrite(source: Path, target: Path, changed: str = "", names: dict[str, str] | None = None) -> None:
+    """Reads a checkpoint and writes it again; adds 1 to the tensor `changed`, and renames by `names`."""
 
     def read(name: str) -> torch.Tensor:
-        return checkpoint.read_parameter(source, name) + (1 if name == changed else 0)
+        return checkpoint.read_tensor(source, name) + (1 if name == changed else 0)
 
     tensors = {
-        name: LazyTensor(info.shape, info.dtype, lambda name=name: read(name), parts_of(name))
-        for name, info in checkpoint.parameters(source).items()
+        (names or {}).get(name, name): LazyTensor(info.shape, info.dtype, lambda name=name: read(name))
+        for name, info in checkpoint.model_tensor_names(source).items()
     }
     checkpoint.write_checkpoint(target, tensors, common=checkpoint.read_common(source))
 
@@ -69,7 +63,7 @@ def check_rewriting(root: Path) -> None:
     save(original, model=model.sharded_state_dict(), args=args, iteration=3)
     if torch.distributed.get_rank() == 0:
         rewrite(original, root / "again")
-        rewrite(original, root / "changed", CHANGED)
+        rewrite(original, root / "changed", CHANGED_PART)
     torch.distributed.barrier()
     again, changed = (checkpoint.find_checkpoint(root / name) for name in ("again", "changed"))
     for world in (2, 1):
