@@ -6,6 +6,7 @@ import json
 import pickle
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from math import prod
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -95,9 +96,35 @@ def _damage_is_told(file: Path, what: str = "") -> Iterator[None]:
         raise CheckpointError(f"{file} cannot be read{what} ({cause}): copy the checkpoint again") from error
 
 
+def _check_index(found: Metadata) -> None:
+    """Refuses an index that says what no index says: its bytes may be damaged and still make objects."""
+    for name, entry in found.state_dict_metadata.items():
+        if not isinstance(entry, TensorStorageMetadata):
+            continue
+        if not isinstance(name, str) or not isinstance(entry.properties.dtype, torch.dtype):
+            raise TypeError(f"{name!r} is of {entry.properties.dtype!r}")
+        covered = 0
+        for chunk in entry.chunks:
+            places = zip(chunk.offsets, chunk.sizes, entry.size, strict=True)
+            if not all(0 <= start <= start + length <= size for start, length, size in places):
+                raise ValueError(f"a shard of {name} lies outside of it")
+            covered += prod(chunk.sizes)
+        if covered != prod(entry.size) and not NOT_OF_THE_MODEL.match(name):
+            raise ValueError(f"the shards of {name} do not cover it")
+    for key, place in found.storage_data.items():
+        if not isinstance(key, MetadataIndex) or Path(place.relative_path).name != place.relative_path:
+            raise ValueError(f"{place.relative_path!r} is no file of this folder")
+        if min(place.offset, place.length) < 0:
+            raise ValueError(f"{key.fqn} lies before its file")
+
+
 @functools.lru_cache(maxsize=4)
 def _index(path: Path, changed: int) -> Metadata:
-    return FileSystemReader(path).read_metadata()
+    found = FileSystemReader(path).read_metadata()
+    if not isinstance(found, Metadata):
+        raise TypeError(f"it holds a {type(found).__name__}")
+    _check_index(found)
+    return found
 
 
 def index(path: Path) -> Metadata:
@@ -107,10 +134,7 @@ def index(path: Path) -> Metadata:
         CheckpointError: the file is missing or damaged.
     """
     with _damage_is_told(path / INDEX):
-        found = _index(path, (path / INDEX).stat().st_mtime_ns)
-        if not isinstance(found, Metadata):
-            raise CheckpointError(f"{path / INDEX} is no index of a torch_dist checkpoint: copy the checkpoint again")
-        return found
+        return _index(path, (path / INDEX).stat().st_mtime_ns)
 
 
 def tensor_names(path: Path) -> dict[str, TensorInfo]:
