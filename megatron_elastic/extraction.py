@@ -114,11 +114,13 @@ def cut(
     if count != cost:
         raise CheckpointError(f"{target}: {count} parameters, the cost model says {cost}: report this as a defect")
     submodel = layout.shape.resized(selection.as_dict())
+    # The vocabulary is padded already: on another layout Megatron would pad it to another size.
+    vocabulary = {"vocab-size": shape.vocab, "make-vocab-size-divisible-by": 1}
     description = Metadata(
         kind="extracted",
         shape=submodel,
         ffn_blocks=ffn_blocks,
-        flags=shape_flags(submodel, flags),
+        flags=shape_flags(submodel, {**flags, **vocabulary}),
         iteration=iteration,
         budget=budget,
     )
