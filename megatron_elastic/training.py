@@ -17,7 +17,7 @@ from megatron.training.argument_utils import hybrid_config_from_args, pretrain_c
 from megatron.training.arguments import parse_and_validate_args
 from megatron.training.models.hybrid import HybridModelConfig
 
-from megatron_elastic.checkpoint import find_checkpoint, fused_norms
+from megatron_elastic.checkpoint import find_checkpoint, fused_norms, save_faults_are_told
 from megatron_elastic.config import Recipe, Stage
 from megatron_elastic.distillation.roles import RoleDataset
 from megatron_elastic.errors import CheckpointError
@@ -190,7 +190,8 @@ def train_stage(recipe: Recipe, number: int) -> None:
         start=recipe.base_samples_before(number) * recipe.roles,
         samples=stage.iterations * stage.global_batch_size,
     )
-    pretrain(pretrain_cfg_container_from_args(args, config), text, ModelType.encoder_or_decoder, step)
+    with save_faults_are_told(recipe.save):
+        pretrain(pretrain_cfg_container_from_args(args, config), text, ModelType.encoder_or_decoder, step)
 
 
 def _causal_loss(mask: torch.Tensor) -> Callable[[torch.Tensor], Any]:
@@ -257,4 +258,5 @@ def train_plain(
         start=before,
         samples=stages[number - 1].iterations * stages[number - 1].global_batch_size,
     )
-    pretrain(pretrain_cfg_container_from_args(args, config), text, ModelType.encoder_or_decoder, plain_forward_step)
+    with save_faults_are_told(save):
+        pretrain(pretrain_cfg_container_from_args(args, config), text, ModelType.encoder_or_decoder, plain_forward_step)

@@ -23,7 +23,7 @@ from megatron_elastic.checkpoint.reading import (
     tensor_names,
 )
 from megatron_elastic.checkpoint.tracker import recover, tracked
-from megatron_elastic.checkpoint.writing import LazyTensor, disk_fault, write_checkpoint
+from megatron_elastic.checkpoint.writing import LazyTensor, save_faults_are_told, write_checkpoint
 
 __all__ = [
     "FUSED_NORMS",
@@ -32,7 +32,6 @@ __all__ = [
     "LazyTensor",
     "TensorInfo",
     "add_manifest",
-    "disk_fault",
     "find_checkpoint",
     "find_verified",
     "fused_norms",
@@ -49,6 +48,7 @@ __all__ = [
     "read_tensor",
     "recover",
     "require_free",
+    "save_faults_are_told",
     "stored_names",
     "stored_parameters",
     "tensor_names",

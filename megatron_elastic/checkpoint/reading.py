@@ -22,6 +22,7 @@ from megatron_elastic.checkpoint.names import (
     CONFIG,
     FUSED_NORMS,
     INDEX,
+    MANIFEST,
     NOT_OF_THE_MODEL,
     TRACKER,
     TensorInfo,
@@ -56,7 +57,7 @@ def find_checkpoint(directory: str | Path) -> Path:
     if not root.is_dir():
         raise CheckpointError(f"checkpoint {root} does not exist: give the folder that Megatron's --save wrote")
     path = root
-    if not (root / INDEX).exists():
+    if not any((root / name).exists() for name in (INDEX, CONFIG, MANIFEST)):
         tracker = root / TRACKER
         if not tracker.exists():
             raise CheckpointError(

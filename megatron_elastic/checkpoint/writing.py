@@ -15,6 +15,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint import metadata as index_format
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import CURRENT_DCP_VERSION, _StorageInfo
 
 from megatron_elastic.checkpoint.folders import whole_or_nothing
@@ -36,6 +37,9 @@ from megatron_elastic.checkpoint.plain import plain
 from megatron_elastic.checkpoint.reading import iteration_folder, read_tensor, tensor_names
 from megatron_elastic.errors import CheckpointError
 from megatron_elastic.metadata import KEY, Metadata
+
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+_DISK_FAULTS = (*_FULL, errno.EIO, errno.EROFS, errno.EFBIG)
 
 
 @dataclass(frozen=True)
@@ -133,13 +137,32 @@ def disk_fault(error: BaseException | None) -> str | None:
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
         seen.add(id(error))
-        if isinstance(error, OSError) and error.errno is not None:
+        if isinstance(error, OSError) and error.errno in _DISK_FAULTS:
             return os.strerror(error.errno)
-        full = os.strerror(errno.ENOSPC)
-        if full in str(error):  # told by another process, or by torch's own writer, in words alone
-            return full
+        for number in _FULL:
+            if os.strerror(number) in str(error):  # told by another process, or by torch's writer, in words alone
+                return os.strerror(number)
         error = error.__cause__ or error.__context__
     return None
+
+
+@contextmanager
+def save_faults_are_told(save: str | Path) -> Iterator[None]:
+    """Turns what a full or faulty disk makes of Megatron's saving into one message.
+
+    Raises:
+        CheckpointError: the disk's fault; every other error is left as it is.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError, CheckpointException) as error:
+        cause = disk_fault(error)
+        if cause is None:
+            raise
+        raise CheckpointError(
+            f"{save}: a checkpoint could not be saved ({cause}); the one before it is whole. Mend the disk or make "
+            "space, and run the same command again"
+        ) from error
 
 
 @contextmanager
