@@ -6,6 +6,7 @@ import io
 import json
 import os
 import pickle
+import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -146,6 +147,14 @@ def disk_fault(error: BaseException | None) -> str | None:
     return None
 
 
+def _space(folder: Path) -> str:
+    """What the disk of a folder says about why nothing could be written to it."""
+    disk = shutil.disk_usage(folder)
+    if disk.free < disk.total / 100:
+        return os.strerror(errno.ENOSPC)
+    return f"the disk has {disk.free / 1e9:.1f} of {disk.total / 1e9:.1f} GB free, the log says more"
+
+
 @contextmanager
 def save_faults_are_told(save: str | Path) -> Iterator[None]:
     """Turns what a full or faulty disk makes of Megatron's saving into one message.
@@ -157,6 +166,8 @@ def save_faults_are_told(save: str | Path) -> Iterator[None]:
         yield
     except (OSError, RuntimeError, CheckpointException) as error:
         cause = disk_fault(error)
+        if cause is None and isinstance(error, CheckpointException) and error.args[0] == "write":
+            cause = _space(Path(save))  # core keeps no more of the fault than that there was one
         if cause is None:
             raise
         raise CheckpointError(

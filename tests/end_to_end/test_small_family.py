@@ -127,7 +127,6 @@ def test_a_damaged_family_is_refused_once_by_the_launcher_and_by_ranks(run: tupl
         assert done.returncode == 1
         assert done.stderr.count("megatron-elastic: error:") == 1
         assert "family/iter_0000005/__1_0.distcp is damaged: its SHA-256 is" in done.stderr
-        assert "Traceback" not in done.stderr.split("torch.distributed.elastic")[0]
 
 
 def test_another_family_in_the_way_is_refused(run: tuple[Path, str], tmp_path: Path) -> None:
