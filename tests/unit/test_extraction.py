@@ -118,7 +118,8 @@ def test_extracted_checkpoint_describes_itself(tmp_path):
     assert (said.kind, said.budget, said.iteration, said.ffn_blocks) == ("extracted", "p50", 30, 4)
     assert said.shape == dataclasses.replace(SHAPE, **HALF.as_dict())
     assert said.flags == {
-        **parent.FLAGS, "hidden-size": 7, "ffn-hidden-size": 8, "num-attention-heads": 2, "mamba-num-heads": 4
+        **parent.FLAGS, "hidden-size": 7, "ffn-hidden-size": 8, "num-attention-heads": 2, "mamba-num-heads": 4,
+        "make-vocab-size-divisible-by": 1,
     }  # fmt: skip
     args = read_common(find_checkpoint(tmp_path / "p50"))["args"]
     assert isinstance(args, Namespace)
