@@ -37,6 +37,7 @@ __all__ = [
     "logs",
     "only_run",
     "prepare",
+    "settled",
     "tracked",
     "wants_manifest",
 ]
@@ -52,35 +53,55 @@ def wants_manifest(flags: Mapping[str, Any]) -> bool:
     return bool(flags.get(VERIFY_FLAG, True))
 
 
-def family_position(recipe: Recipe) -> int:
-    """Iteration that the saved family goes on from, 0 where there is none, after what a stop left is put in order.
+def settled(save: str | Path, flags: Mapping[str, Any], check: Callable[[Path], None] | None = None) -> int:
+    """Iteration that a run goes on from, 0 where there is none, after what a stop left is put in order.
 
-    The number is Megatron's own, of the folder: an iteration that Megatron skips makes no optimizer step.
+    The number is Megatron's own, of the folder: an iteration that Megatron skips makes no optimizer step. Call it from
+    one process, before the ranks start.
+
+    Args:
+        save: where the run saves to.
+        flags: Megatron's, of the run.
+        check: refuses the checkpoint that would be loaded.
 
     Raises:
-        CheckpointError: what is saved there is damaged, or not this recipe's family.
+        CheckpointError: what is saved there is damaged.
     """
-    manifest, progress = wants_manifest(recipe.megatron), options.bars()
-    iteration = recover(recipe.save, manifest=manifest, progress=progress)
+    manifest, progress = wants_manifest(flags), options.bars()
+    iteration = recover(save, manifest=manifest, progress=progress)
     if not iteration:
         return 0
-    path = find_checkpoint(recipe.save)
+    path = find_checkpoint(save)
     verify(path, digests=manifest, progress=progress)
-    found = read_family(path)
-    declared = Metadata.of_family(recipe.family, recipe.megatron)
-    different = declared.same_family(found)
-    if different:
-        raise CheckpointError(f"{path}: another family is saved there: {'; '.join(different)}; choose another `save`")
-    if recipe.router is not None and not has_router(path):
-        raise CheckpointError(
-            f"{path}: the router is missing, which the recipe goes on training: it was saved by a run with "
-            "`selections`. Choose another `save`, or give the recipe `selections` instead of `router`"
-        )
+    if check is not None:
+        check(path)
     if manifest and not has_manifest(path):
         # Saved with the flag off. Megatron would refuse to load it now that it is on.
         add_manifest(path, progress=progress)
         print(f"{path}: saved without a manifest, so only sizes could be checked; it has one now", flush=True)
     return iteration
+
+
+def family_position(recipe: Recipe) -> int:
+    """Iteration that the saved family goes on from, 0 where there is none; see `settled`.
+
+    Raises:
+        CheckpointError: what is saved there is damaged, or not this recipe's family.
+    """
+
+    def check(path: Path) -> None:
+        different = Metadata.of_family(recipe.family, recipe.megatron).same_family(read_family(path))
+        if different:
+            raise CheckpointError(
+                f"{path}: another family is saved there: {'; '.join(different)}; choose another `save`"
+            )
+        if recipe.router is not None and not has_router(path):
+            raise CheckpointError(
+                f"{path}: the router is missing, which the recipe goes on training: it was saved by a run with "
+                "`selections`. Choose another `save`, or give the recipe `selections` instead of `router`"
+            )
+
+    return settled(recipe.save, recipe.megatron, check)
 
 
 @contextlib.contextmanager

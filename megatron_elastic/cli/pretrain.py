@@ -39,13 +39,17 @@ def pretrain(path: Path, ranks: int | None = None) -> bool:
     recipe = load_recipe(path)
     if recipe.pretrain is None:
         raise RecipeError(["pretrain: this section says how the parent is trained; it is missing"], str(path))
-    ranks = ranks or position.default_ranks({**recipe.megatron, **recipe.pretrain.megatron})
+    flags = {**recipe.megatron, **recipe.pretrain.megatron}
+    ranks = ranks or position.default_ranks(flags)
     load_recipe(path, world_size=ranks)
     if position.tracked(recipe.pretrain.save) >= recipe.pretrain.iterations:
         return False
     position.check_data(recipe)
-    log = position.logs(recipe.pretrain.save) / "pretrain.log"
-    launch.run_ranks(["_pretrain", path], ranks=ranks, what="training the parent", log=log)
+    with position.only_run(recipe.pretrain.save):
+        if position.settled(recipe.pretrain.save, flags) >= recipe.pretrain.iterations:
+            return False
+        log = position.logs(recipe.pretrain.save) / "pretrain.log"
+        launch.run_ranks(["_pretrain", path], ranks=ranks, what="training the parent", log=log)
     return True
 
 
