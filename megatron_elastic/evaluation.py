@@ -10,7 +10,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 from torch import Tensor
 
 from megatron_elastic.budget import Selection
-from megatron_elastic.checkpoint import find_checkpoint, read_common, read_metadata
+from megatron_elastic.checkpoint import find_verified, read_common, read_family, read_metadata
 from megatron_elastic.cost_model import parameters
 from megatron_elastic.errors import CheckpointError, CorpusError
 from megatron_elastic.family import Family
@@ -153,11 +153,13 @@ def evaluate(
         under their own frequencies, nats), and for a family `budget` and `selection`.
 
     Raises:
-        CheckpointError: missing, foreign, or without that budget.
+        CheckpointError: missing, damaged, foreign, or without that budget.
         CorpusError: no such data.
     """
-    path = find_checkpoint(checkpoint)
+    path = find_verified(checkpoint)
     metadata = read_metadata(path)
+    if metadata is not None and metadata.kind == "family":
+        metadata = read_family(path)
     length = sequence_length or DEFAULT_SEQUENCE_LENGTH
     batches = list(windows(data, length, tokens))
     with single_process():

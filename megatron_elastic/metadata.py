@@ -10,10 +10,13 @@ from torch import Tensor
 
 from megatron_elastic.budget import Budget, Selection
 from megatron_elastic.errors import CheckpointError
+from megatron_elastic.family import Family
 from megatron_elastic.layout import ModelShape
 
 KEY = "elastic.metadata"
 """Name of the metadata tensor in a checkpoint."""
+ROUTER_PREFIX = "elastic.router."
+"""Beginning of the router's names in a checkpoint."""
 SCHEMA = 1
 CAPACITY = 1 << 16
 """Bytes reserved: a fixed size, so that the tensor's shape does not depend on what it says."""
@@ -46,6 +49,22 @@ class Metadata:
     stage: int = 0
     iteration: int = 0
     budget: str = ""
+
+    @classmethod
+    def of_family(
+        cls, family: Family, flags: Mapping[str, Any], *, selections: tuple[Selection, ...] = (), stage: int = 0
+    ) -> "Metadata":
+        """The description of a family as declared, before any training."""
+        return cls(
+            kind="family",
+            shape=family.shape,
+            ffn_blocks=family.ffn_blocks,
+            flags=flags,
+            choices=dict(family.choices),
+            budgets=family.budgets,
+            selections=selections,
+            stage=stage,
+        )
 
     def to_json(self) -> str:
         """One JSON object, schema version inside."""

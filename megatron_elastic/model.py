@@ -19,11 +19,9 @@ from megatron_elastic.errors import CheckpointError
 from megatron_elastic.family import Family
 from megatron_elastic.layers.linear import ElasticLMHead, TeacherTarget
 from megatron_elastic.layers.packing import documents_of_any
-from megatron_elastic.metadata import Metadata
+from megatron_elastic.metadata import ROUTER_PREFIX, Metadata
 from megatron_elastic.router import RouterTrainer
 from megatron_elastic.specs import elastic_stack_spec
-
-ROUTER_PREFIX = "elastic.router."
 
 
 class FamilyState:

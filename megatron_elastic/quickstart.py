@@ -220,7 +220,8 @@ class Job:
     def train_scratch(self) -> None:
         """The smallest budget's shape with cross entropy on the family's text; then without its optimizer."""
         name, stages = self.names[-1], self.recipe.stages
-        for number in range(self.recipe.stage_of(position.tracked(self.scratch_run)), len(stages) + 1):
+        first = self.recipe.stage_of(position.settled(self.scratch_run, self.recipe.megatron))
+        for number in range(first, len(stages) + 1):
             words = ["_scratch", RECIPE, "--stage", number, "--budget", name, "--save", self.scratch_run]
             log = LOGS / f"scratch-stage-{number}.log"
             begin, end = position.tracked(self.scratch_run), self.recipe.iterations_before(number + 1)

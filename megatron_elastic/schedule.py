@@ -8,8 +8,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_elastic.checkpoint import tracked
 from megatron_elastic.config import Stage
 from megatron_elastic.flags import to_argv
+
+VERIFY_FLAG = "verify-integrity"
+"""Megatron's flag for a manifest of SHA-256 digests beside every checkpoint, checked when it is loaded."""
 
 LOCAL_BACKEND_FLAGS: Mapping[str, Any] = {
     "transformer-impl": "local",
@@ -69,6 +73,7 @@ def stage_flags(
         **STOP_FLAGS,
         **(ASYNC_SAVE_FLAGS if flags.get("async-save") else {}),
         **({} if cuda else CPU_FLAGS),
+        VERIFY_FLAG: True,
         **flags,
         "train-iters": sum(s.iterations for s in stages[:number]),
         "seq-length": stage.sequence_length,
@@ -87,7 +92,7 @@ def stage_flags(
         "tensorboard-dir": flags.get("tensorboard-dir", str(Path(save) / "tensorboard")),
         "tensorboard-log-interval": flags.get("tensorboard-log-interval", 1),
     }
-    if (Path(save) / "latest_checkpointed_iteration.txt").exists():
+    if tracked(save):
         made["load"] = save
     return made
 

@@ -11,13 +11,15 @@ from torch import Tensor
 
 from megatron_elastic.axes import Dimension, layer_kinds
 from megatron_elastic.checkpoint import (
-    STORED_IN_PARTS,
     LazyTensor,
     TensorInfo,
-    find_checkpoint,
+    find_verified,
     parameters,
     read_common,
-    read_parameter,
+    read_entries,
+    require_free,
+    stored_names,
+    stored_parameters,
     write_checkpoint,
 )
 from megatron_elastic.config import Recipe
@@ -77,15 +79,6 @@ def random_orders(layout: Layout, seed: int) -> Orders:
     return Orders(hidden, {number: {AXIS_OF_KIND[kind]: draw(AXIS_OF_KIND[kind])} for number, kind in kinds})
 
 
-def permuted(tensor: Tensor, dimensions: tuple[Dimension, ...], orders: Mapping[str, Tensor]) -> Tensor:
-    """A parameter in the given orders: every dimension that has a sorted axis is permuted."""
-    for number, dimension in enumerate(dimensions):
-        rows = dimension.permutation(orders)
-        if rows is not None:
-            tensor = tensor.index_select(number, rows)
-    return tensor
-
-
 def source_parameters(path: Path, layout: Layout) -> dict[str, TensorInfo]:
     """The parameters of a checkpoint, every one accounted for by the layout.
 
@@ -105,9 +98,39 @@ def source_parameters(path: Path, layout: Layout) -> dict[str, TensorInfo]:
     return {name: found[name] for name in wanted}
 
 
-def stored_parts(name: str, dimension: Dimension) -> tuple[int, ...]:
-    """Sizes of the parts that a parameter is stored in; empty where it is stored whole."""
-    return dimension.part_sizes() if name.endswith(tuple(f".{end}" for end in STORED_IN_PARTS)) else ()
+@dataclass(frozen=True)
+class Stored:
+    """One stored tensor of a checkpoint that is rewritten: where it comes from, and how it is laid out.
+
+    Attributes:
+        name: in the rewritten checkpoint.
+        source: in the old one, where a norm may be fused into a linear layer.
+        stock: the parameter that it is, or is a part of.
+        dimensions: of this tensor, before anything is cut.
+        dtype: in both.
+    """
+
+    name: str
+    source: str
+    stock: str
+    dimensions: tuple[Dimension, ...]
+    dtype: torch.dtype
+
+
+def stored_tensors(path: Path, layout: Layout) -> list[Stored]:
+    """Every stored tensor of a parent's model.
+
+    Raises:
+        CheckpointError: the checkpoint is not this parent's.
+    """
+    dimensions, sources, found = layout.parameters(), stored_parameters(path), []
+    for stock, info in source_parameters(path, layout).items():
+        first, *others = dimensions[stock]
+        names = stored_names(stock)
+        parts = [first] if len(names) == 1 else [Dimension((part,), first.sharded) for part in first.parts]
+        for name, source, part in zip(names, sources[stock], parts, strict=True):
+            found.append(Stored(name, source, stock, (part, *others), info.dtype))
+    return found
 
 
 def common_state(path: Path, shape: ModelShape | None = None) -> dict[str, Any]:
@@ -134,9 +157,9 @@ def sort_checkpoint(
     ffn_blocks: int,
     flags: Mapping[str, Any],
     orders: Orders,
-    overwrite: bool = False,
+    progress: bool = False,
 ) -> Path:
-    """Writes the sorted parent, parameter by parameter; its outputs are the parent's up to rounding.
+    """Writes the sorted parent, tensor by tensor, and verifies it; its outputs are the parent's up to rounding.
 
     Args:
         source: checkpoint of the parent.
@@ -145,33 +168,36 @@ def sort_checkpoint(
         ffn_blocks: blocks of the `ffn` axis.
         flags: Megatron's model flags, kept in the description.
         orders: as made by `orders_from_scores`.
-        overwrite: replace what is in `out`.
+        progress: whether to show bars.
 
     Returns:
         The folder written.
 
     Raises:
-        CheckpointError: the source is not this parent, or `out` is taken.
+        CheckpointError: the source is damaged or not this parent, or `out` is taken.
     """
-    path, layout = find_checkpoint(source), Layout(shape, ffn_blocks)
-    dimensions = layout.parameters()
+    require_free(Path(out))
+    path = find_verified(source, progress=progress)
 
-    def lazy(name: str, info: TensorInfo) -> LazyTensor:
+    def lazy(stored: Stored) -> LazyTensor:
         def read() -> Tensor:
-            return permuted(read_parameter(path, name), dimensions[name], orders.of(name))
+            own = orders.of(stored.stock)
+            return read_entries(path, stored.source, [each.permutation(own) for each in stored.dimensions])
 
-        return LazyTensor(info.shape, info.dtype, read, stored_parts(name, dimensions[name][0]))
+        return LazyTensor(tuple(each.size for each in stored.dimensions), stored.dtype, read)
 
     return write_checkpoint(
         out,
-        {name: lazy(name, info) for name, info in source_parameters(path, layout).items()},
+        {stored.name: lazy(stored) for stored in stored_tensors(path, Layout(shape, ffn_blocks))},
         common=common_state(path),
         metadata=Metadata(kind="sorted", shape=shape, ffn_blocks=ffn_blocks, flags=flags),
-        overwrite=overwrite,
+        progress=progress,
     )
 
 
-def sort_parent(recipe: Recipe, checkpoint: str | Path, scores: str | Path, out: str | Path) -> Path:
+def sort_parent(
+    recipe: Recipe, checkpoint: str | Path, scores: str | Path, out: str | Path, *, progress: bool = False
+) -> Path:
     """Sorts the parent of a recipe by scores, and writes it.
 
     Args:
@@ -179,6 +205,7 @@ def sort_parent(recipe: Recipe, checkpoint: str | Path, scores: str | Path, out:
         checkpoint: of the parent.
         scores: file written by `rank_parent`.
         out: folder to write; must not exist, or be empty.
+        progress: whether to show bars.
 
     Returns:
         The folder written.
@@ -194,4 +221,5 @@ def sort_parent(recipe: Recipe, checkpoint: str | Path, scores: str | Path, out:
         ffn_blocks=family.ffn_blocks,
         flags=recipe.megatron,
         orders=orders_from_scores(family.layout, Scores.load(scores)),
+        progress=progress,
     )

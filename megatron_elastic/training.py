@@ -19,7 +19,7 @@ from megatron.training.arguments import parse_and_validate_args
 from megatron.training.models.hybrid import HybridModelConfig
 
 from megatron_elastic.batch import rank_batch
-from megatron_elastic.checkpoint import find_checkpoint, read_metadata
+from megatron_elastic.checkpoint import find_checkpoint, fused_norms, save_faults_are_told
 from megatron_elastic.config import Recipe, Stage
 from megatron_elastic.distillation.roles import JointRoles, RoleDataset, Roles, SampledRoles
 from megatron_elastic.errors import CheckpointError
@@ -103,31 +103,23 @@ def _parse(argv: list[str]) -> Any:
     return parse_and_validate_args(args_defaults={})
 
 
-def family_metadata(recipe: Recipe, stage: int) -> Metadata:
-    """The description of the family that a recipe declares."""
-    family = recipe.family
-    return Metadata(
-        kind="family",
-        shape=family.shape,
-        ffn_blocks=family.ffn_blocks,
-        flags=recipe.megatron,
-        choices=dict(family.choices),
-        budgets=family.budgets,
-        selections=recipe.selections,
-        stage=stage,
-    )
-
-
 def load_parent(model: ElasticHybridModel, path: str | Path) -> None:
     """Loads a parent's weights into a model that has no family state yet.
+
+    Norms that Transformer Engine fused into the next linear layer are asked for under its names. What linear layers
+    save beside their weights is left: the local backend's is empty, and it ignores Transformer Engine's.
 
     Raises:
         CheckpointError: no checkpoint there, or not this parent's.
     """
     found = find_checkpoint(path)
-    template = {"model": model.sharded_state_dict()}  # apart from what Megatron stores beside the weights
+    stored = fused_norms(found)
+    weights = {name: entry for name, entry in model.sharded_state_dict().items() if not name.endswith("_extra_state")}
+    for entry in weights.values():
+        entry.key = stored.get(entry.key, entry.key)
     try:
-        loaded = dist_checkpointing.load(template, str(found))
+        # Under a key of its own: apart from what Megatron stores beside the weights.
+        loaded = dist_checkpointing.load({"model": weights}, str(found))
         model.load_state_dict(loaded["model"], strict=True)
     except (RuntimeError, KeyError, ValueError, dist_checkpointing.core.CheckpointingException) as error:
         raise CheckpointError(f"{found}: not a checkpoint of the parent that the recipe describes: {error}") from error
@@ -191,7 +183,9 @@ def train_stage(recipe: Recipe, number: int) -> None:
     if router is not None:
         router.to(torch.cuda.current_device())
     trainer = None if router is None else RouterTrainer(router, stage.weights)
-    state = FamilyState(family_metadata(recipe, number), trainer)
+    state = FamilyState(
+        Metadata.of_family(recipe.family, recipe.megatron, selections=recipe.selections, stage=number), trainer
+    )
     step = JointStep(recipe, state, stage.weights, StepLog(recipe, number, args.log_interval))
     config = hybrid_config_from_args(args, model_config_cls=ElasticModelConfig)
     config.family = recipe.family
@@ -207,26 +201,8 @@ def train_stage(recipe: Recipe, number: int) -> None:
         start=recipe.base_samples_before(number) * recipe.roles,
         samples=stage.iterations * stage.global_batch_size,
     )
-    pretrain(pretrain_cfg_container_from_args(args, config), text, ModelType.encoder_or_decoder, step)
-
-
-def family_position(recipe: Recipe) -> int:
-    """Optimizer steps that the saved family has made; 0 where there is none.
-
-    Raises:
-        CheckpointError: what is saved there is not this recipe's family.
-    """
-    if not (Path(recipe.save) / "latest_checkpointed_iteration.txt").exists():
-        return 0
-    path = find_checkpoint(recipe.save)
-    found = read_metadata(path)
-    if found is None:
-        raise CheckpointError(f"{path}: not a family (no description inside): choose another `save`")
-    saved = Metadata.from_json(found) if isinstance(found, str) else found
-    different = family_metadata(recipe, 0).same_family(saved)
-    if different:
-        raise CheckpointError(f"{path}: another family is saved there: {'; '.join(different)}; choose another `save`")
-    return saved.iteration
+    with save_faults_are_told(recipe.save):
+        pretrain(pretrain_cfg_container_from_args(args, config), text, ModelType.encoder_or_decoder, step)
 
 
 def _causal_loss(mask: torch.Tensor) -> Callable[[torch.Tensor], Any]:
@@ -296,7 +272,5 @@ def train_plain(
         start=before,
         samples=stages[number - 1].iterations * stages[number - 1].global_batch_size,
     )
-    pretrain(
-        pretrain_cfg_container_from_args(args, config), text, ModelType.encoder_or_decoder, plain_forward_step
-    )
-
+    with save_faults_are_told(save):
+        pretrain(pretrain_cfg_container_from_args(args, config), text, ModelType.encoder_or_decoder, plain_forward_step)

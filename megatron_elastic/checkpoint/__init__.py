@@ -3,18 +3,27 @@
 A parameter goes by its stock name (`decoder.layers.3.mixer.in_proj.weight`) even where Megatron stores it in parts.
 """
 
-from megatron_elastic.checkpoint.names import FUSED_NORMS, STORED_IN_PARTS, TRACKER, TensorInfo
+from megatron_elastic.checkpoint.folders import require_free
+from megatron_elastic.checkpoint.integrity import add_manifest, find_verified, has_manifest, verify
+from megatron_elastic.checkpoint.names import FUSED_NORMS, STORED_IN_PARTS, TRACKER, TensorInfo, stored_names
 from megatron_elastic.checkpoint.reading import (
     find_checkpoint,
+    fused_norms,
+    has_router,
+    iteration_folder,
     model_tensor_names,
     parameters,
     read_common,
+    read_entries,
+    read_family,
     read_metadata,
     read_parameter,
     read_tensor,
+    stored_parameters,
     tensor_names,
 )
-from megatron_elastic.checkpoint.writing import LazyTensor, write_checkpoint
+from megatron_elastic.checkpoint.tracker import recover, tracked
+from megatron_elastic.checkpoint.writing import LazyTensor, save_faults_are_told, write_checkpoint
 
 __all__ = [
     "FUSED_NORMS",
@@ -22,13 +31,28 @@ __all__ = [
     "TRACKER",
     "LazyTensor",
     "TensorInfo",
+    "add_manifest",
     "find_checkpoint",
+    "find_verified",
+    "fused_norms",
+    "has_manifest",
+    "has_router",
+    "iteration_folder",
     "model_tensor_names",
     "parameters",
     "read_common",
+    "read_entries",
+    "read_family",
     "read_metadata",
     "read_parameter",
     "read_tensor",
+    "recover",
+    "require_free",
+    "save_faults_are_told",
+    "stored_names",
+    "stored_parameters",
     "tensor_names",
+    "tracked",
+    "verify",
     "write_checkpoint",
 ]

@@ -9,6 +9,13 @@ TRACKER = "latest_checkpointed_iteration.txt"
 CHECKPOINT_VERSION = 3.0
 """Version of Megatron's own checkpoint content, which the loader asks for."""
 
+INDEX = ".metadata"
+"""Torch's file that says which part of which tensor lies where."""
+CONFIG = "metadata.json"
+"""Core's file that says what format this is; written when everything but the manifest is there."""
+MANIFEST = "integrity.json"
+"""Core's file of SHA-256 digests (`--verify-integrity`), written last."""
+
 COMMON_STATE = "common_state/shard_0_1"
 FORMAT = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
 
@@ -31,6 +38,25 @@ FUSED_NORMS = {
 
 LINEAR = re.compile(r"(\.(in_proj|out_proj|linear_qkv|linear_proj|linear_fc1|linear_fc2)|^output_layer)\.weight$")
 """Weights of core's linear layers, which save an empty extra state beside them and ask for it when they load."""
+
+
+def stored_names(stock: str) -> tuple[str, ...]:
+    """Names that Megatron stores a parameter under, part after part; the stock name alone where it is stored whole."""
+    for end, (stored, parts) in STORED_IN_PARTS.items():
+        if stock.endswith(f".{end}"):
+            return tuple(f"{stock.removesuffix(end)}{stored}.{part}" for part in parts)
+    return (stock,)
+
+
+def stock_name(stored: str) -> str:
+    """The parameter that a stored tensor is, or is a part of."""
+    parent, _, part = stored.rpartition(".")
+    for end, (whole, parts) in STORED_IN_PARTS.items():
+        if parent.endswith(f".{whole}") and part in parts:
+            return f"{parent.removesuffix(whole)}{end}"
+    fused = next((end for end in FUSED_NORMS if stored.endswith(f".{end}")), None)
+    return stored if fused is None else f"{stored.removesuffix(fused)}{FUSED_NORMS[fused]}"
+
 
 NOT_OF_THE_MODEL = re.compile(r"^((chained_\d+\.)?optimizer\.|rng_state|rerun_state)")
 """Stored names that belong to the optimizer or the run."""

@@ -1,137 +1,210 @@
 """Writes `torch_dist` checkpoints tensor by tensor."""
 
+import errno
+import hashlib
 import io
 import json
+import os
+import pickle
 import shutil
-import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
-from torch.distributed.checkpoint import state_dict_saver
+from torch import Tensor
+from torch.distributed.checkpoint import metadata as index_format
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
-from torch.distributed.checkpoint.filesystem import FileSystemWriter
-from torch.distributed.checkpoint.planner import WriteItem
+from torch.distributed.checkpoint.filesystem import CURRENT_DCP_VERSION, _StorageInfo
 
+from megatron_elastic.checkpoint.folders import whole_or_nothing
+from megatron_elastic.checkpoint.integrity import write_manifest
 from megatron_elastic.checkpoint.names import (
     CHECKPOINT_VERSION,
     COMMON_STATE,
+    CONFIG,
     FORMAT,
+    INDEX,
     LINEAR,
     STATE_OF_A_RUN,
-    STORED_IN_PARTS,
     TRACKER,
+    TensorInfo,
+    stock_name,
+    stored_names,
 )
 from megatron_elastic.checkpoint.plain import plain
-from megatron_elastic.checkpoint.reading import alone
+from megatron_elastic.checkpoint.reading import iteration_folder, read_tensor, tensor_names
 from megatron_elastic.errors import CheckpointError
 from megatron_elastic.metadata import KEY, Metadata
+
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+_DISK_FAULTS = (*_FULL, errno.EIO, errno.EROFS, errno.EFBIG)
 
 
 @dataclass(frozen=True)
 class LazyTensor:
-    """A tensor to be written: known by shape and dtype, made when its turn comes.
+    """A tensor to be stored: known by shape and dtype, made when its turn comes.
 
     Attributes:
         shape: of the whole tensor.
         dtype: what it is stored in; `read` must return this dtype.
-        read: makes the tensor; called once for a tensor in parts as well.
-        parts: sizes along dimension 0 of what is stored in parts (`STORED_IN_PARTS`), in that order; else empty.
+        read: makes the tensor; it is let go of before the next one is made.
     """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
-    read: Callable[[], torch.Tensor]
-    parts: tuple[int, ...] = ()
+    read: Callable[[], Tensor]
 
 
-class _LazyPlanner(DefaultSavePlanner):
-    """Makes each tensor when it is written, so that one parameter is alive at a time."""
+class _Digesting(io.RawIOBase):
+    """A file that is hashed while it is written."""
 
-    def __init__(self, sources: Mapping[str, tuple[str, LazyTensor, int]]) -> None:
-        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
-        self.sources = sources
-        self.last: tuple[str, torch.Tensor] | None = None
+    def __init__(self, file: BinaryIO) -> None:
+        self.file, self.sha256 = file, hashlib.sha256()
 
-    def resolve_data(self, write_item: WriteItem) -> torch.Tensor | io.BytesIO:
-        """The data of one item: the parts of a parameter follow each other and share one `read`."""
-        stored = write_item.index.fqn
-        if stored not in self.sources:
-            return super().resolve_data(write_item)
-        name, source, part = self.sources[stored]
-        if self.last is None or self.last[0] != name:
-            self.last = None
-            self.last = (name, _checked(name, source))
-        whole = self.last[1]
-        return torch.split(whole, list(source.parts))[part] if source.parts else whole
+    def writable(self) -> bool:
+        """It is for writing."""
+        return True
+
+    def write(self, data: Any) -> int:
+        """Writes and hashes."""
+        self.sha256.update(data)
+        return self.file.write(data)
 
 
-def _checked(name: str, source: LazyTensor) -> torch.Tensor:
-    tensor = source.read().detach().cpu()
-    if (tuple(tensor.shape), tensor.dtype) != (source.shape, source.dtype):
-        raise CheckpointError(
-            f"{name} is {tuple(tensor.shape)} {tensor.dtype}, where {source.shape} {source.dtype} was announced"
-        )
-    return tensor
+class _Writer:
+    """Files of one checkpoint, one tensor or object each, and what the index says of them."""
 
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.digests: dict[str, str] = {}
+        self.contents: dict[str, str] = {}
+        self.entries: dict[str, Any] = {}
+        self.places: dict[index_format.MetadataIndex, _StorageInfo] = {}
 
-def _sources(tensors: Mapping[str, LazyTensor]) -> dict[str, tuple[str, LazyTensor, int]]:
-    """Stored name -> stock name, tensor, number of its part."""
-    found: dict[str, tuple[str, LazyTensor, int]] = {}
-    for name, tensor in tensors.items():
-        stock = next((end for end in STORED_IN_PARTS if name.endswith(f".{end}")), None)
-        if stock is None:
-            if tensor.parts:
-                raise CheckpointError(f"{name} is stored whole: give it no parts")
-            found[name] = (name, tensor, 0)
-            continue
-        end, parts = STORED_IN_PARTS[stock]
-        if len(tensor.parts) != len(parts) or sum(tensor.parts) != tensor.shape[0]:
+    def file(self, name: str, write: Callable[[Any], object]) -> int:
+        """Writes one file to the disk; returns its bytes."""
+        with (self.path / name).open("wb") as file:
+            stream = _Digesting(file)
+            write(stream)
+            file.flush()
+            os.fsync(file.fileno())
+            size = file.tell()
+        self.digests[name] = stream.sha256.hexdigest()
+        return size
+
+    def _add(self, key: index_format.MetadataIndex, value: Any) -> None:
+        name = f"__0_{len(self.places)}.distcp"
+        size = self.file(name, lambda stream: torch.save(value, stream))
+        self.places[key] = _StorageInfo(name, 0, size)
+
+    def tensor(self, name: str, source: LazyTensor) -> None:
+        """Makes and writes one tensor."""
+        value = source.read().detach().cpu().contiguous()
+        if (tuple(value.shape), value.dtype) != (source.shape, source.dtype):
             raise CheckpointError(
-                f"{name} is stored in parts {parts}: their sizes {tensor.parts} must be as many and add up to "
-                f"{tensor.shape[0]}"
+                f"{name} is {tuple(value.shape)} {value.dtype}, where {source.shape} {source.dtype} was announced"
             )
-        for number, part in enumerate(parts):
-            found[f"{name.removesuffix(stock)}{end}.{part}"] = (name, tensor, number)
-    return found
+        if value.untyped_storage().nbytes() != value.nbytes:
+            value = value.clone()  # a view would be stored with all that it is a view of
+        self.contents[name] = digest(value)
+        whole = index_format.ChunkStorageMetadata(torch.Size([0] * value.dim()), value.shape)
+        properties = index_format.TensorProperties(dtype=value.dtype)
+        self.entries[name] = index_format.TensorStorageMetadata(properties, value.shape, [whole])
+        self._add(index_format.MetadataIndex(name, whole.offsets, 0), value)
+
+    def object(self, name: str, value: Any) -> None:
+        """Writes one object, in the list that Megatron wraps it in."""
+        self.entries[name] = index_format.BytesStorageMetadata()
+        self._add(index_format.MetadataIndex(name), [value])
+
+    def finish(self) -> None:
+        """Index, format, manifest: in the order in which Megatron writes them."""
+        found = index_format.Metadata(self.entries, storage_data=self.places, version=CURRENT_DCP_VERSION)
+        self.file(INDEX, lambda stream: pickle.dump(found, stream))
+        self.file(CONFIG, lambda stream: stream.write(json.dumps(FORMAT).encode()))
+        write_manifest(self.path, self.digests)
 
 
-def _state(sources: Mapping[str, tuple[str, LazyTensor, int]], common: Mapping[str, Any]) -> dict[str, Any]:
-    """What is to be written, by stored name: tensors without data, objects in the list that Megatron wraps them in."""
-    state: dict[str, Any] = {}
-    for stored, (name, tensor, part) in sources.items():
-        shape = (tensor.parts[part], *tensor.shape[1:]) if tensor.parts else tensor.shape
-        state[stored] = torch.empty(shape, dtype=tensor.dtype, device="meta")
-        if LINEAR.search(name):
-            state[f"{name.removesuffix('weight')}_extra_state/shard_0_1"] = [None]
-    kept = {key: value for key, value in common.items() if key not in STATE_OF_A_RUN}
-    state[COMMON_STATE] = [plain({"checkpoint_version": CHECKPOINT_VERSION, **kept})]
-    return state
+def digest(tensor: Tensor) -> str:
+    """SHA-256 of a contiguous tensor's bytes."""
+    return hashlib.sha256(tensor.view(-1).view(torch.uint8).numpy()).hexdigest()
+
+
+def disk_fault(error: BaseException | None) -> str | None:
+    """What the operating system said where writing failed, from an error or what it came from; None for another one."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        if isinstance(error, OSError) and error.errno in _DISK_FAULTS:
+            return os.strerror(error.errno)
+        for number in _FULL:
+            if os.strerror(number) in str(error):  # told by another process, or by torch's writer, in words alone
+                return os.strerror(number)
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def _space(folder: Path) -> str:
+    """What the disk of a folder says about why nothing could be written to it."""
+    disk = shutil.disk_usage(folder)
+    if disk.free < disk.total / 100:
+        return os.strerror(errno.ENOSPC)
+    return f"the disk has {disk.free / 1e9:.1f} of {disk.total / 1e9:.1f} GB free, the log says more"
 
 
 @contextmanager
-def _replacing(target: Path, *, overwrite: bool) -> Iterator[Path]:
-    """A new folder beside `target` that takes its place at the end, or is gone after a failure."""
-    if target.exists() and (not target.is_dir() or any(target.iterdir())) and not overwrite:
-        raise CheckpointError(f"{target} exists already: remove it, or choose another folder")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    mark = uuid.uuid4().hex[:8]
-    partial, old = (target.with_name(f".{target.name}.{mark}.{end}") for end in ("partial", "old"))
-    partial.mkdir()
+def save_faults_are_told(save: str | Path) -> Iterator[None]:
+    """Turns what a full or faulty disk makes of Megatron's saving into one message.
+
+    Raises:
+        CheckpointError: the disk's fault; every other error is left as it is.
+    """
     try:
-        yield partial
-        if target.exists():
-            target.rename(old)
-        partial.rename(target)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-        if old.exists() and not target.exists():
-            old.rename(target)
-        shutil.rmtree(old, ignore_errors=True)
+        yield
+    except (OSError, RuntimeError, CheckpointException) as error:
+        cause = disk_fault(error)
+        if cause is None and isinstance(error, CheckpointException) and error.args[0] == "write":
+            cause = _space(Path(save))  # core keeps no more of the fault than that there was one
+        if cause is None:
+            raise
+        raise CheckpointError(
+            f"{save}: a checkpoint could not be saved ({cause}); the one before it is whole. Mend the disk or make "
+            "space, and run the same command again"
+        ) from error
+
+
+@contextmanager
+def _write_faults_are_told(target: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        cause = disk_fault(error) or f"{type(error).__name__}: {error}"
+        raise CheckpointError(
+            f"{target} cannot be written ({cause}): nothing was left there; mend the disk, or choose another folder"
+        ) from error
+
+
+def _verify(path: Path, tensors: Mapping[str, LazyTensor], contents: Mapping[str, str], progress: bool) -> None:
+    """Reads back what was written, tensor by tensor: names, shapes, and every byte."""
+    found, wanted = tensor_names(path), {name: TensorInfo(each.shape, each.dtype) for name, each in tensors.items()}
+    if found != wanted:
+        different = sorted(name for name in {*found, *wanted} if found.get(name) != wanted.get(name))
+        raise CheckpointError(f"{path}: {different[:3]} differ after writing: check the disk, and write it again")
+    for name in _told(tensors, f"verifying {path.parent.name}", progress):
+        if digest(read_tensor(path, name)) != contents[name]:
+            raise CheckpointError(f"{path}: {name} is not what was written: check the disk, and write it again")
+
+
+def _told[T](items: Iterable[T], label: str, progress: bool) -> Iterable[T]:
+    if not progress:
+        return items
+    from tqdm import tqdm
+
+    bar: Iterable[T] = tqdm(items, desc=label, unit="tensor")
+    return bar
 
 
 def write_checkpoint(
@@ -141,45 +214,50 @@ def write_checkpoint(
     common: Mapping[str, Any],
     metadata: Metadata | None = None,
     iteration: int | None = None,
-    overwrite: bool = False,
+    progress: bool = False,
 ) -> Path:
-    """Writes a checkpoint that Megatron's `--load` and `dist_checkpointing.load` read; all of it, or nothing.
+    """Writes a checkpoint that Megatron's `--load` and `dist_checkpointing.load` read, and reads it back to compare.
+
+    All of it is there at the end, verified and with Megatron's integrity manifest, or nothing: also after a signal that
+    can be caught. One tensor is in memory at a time.
 
     Args:
         directory: what `--load` will be given; must not exist, or be empty.
-        tensors: parameters by stock name, made one at a time.
+        tensors: by stored name, made one at a time.
         common: `args` (Namespace), `iteration`, as `read_common` returns them; what is not plain, or belongs to an
             optimizer, is left out.
         metadata: what the checkpoint says about itself.
         iteration: number of the iteration; None writes a release, which Megatron starts from iteration 0.
-        overwrite: whether to replace what is in `directory`.
+        progress: whether to show bars.
 
     Returns:
         The folder of the iteration.
 
     Raises:
-        CheckpointError: where the folder is taken, or a tensor is not what was announced.
+        CheckpointError: the folder is taken, a tensor is not what was announced, or the disk is full or faulty.
     """
     target = Path(directory)
+    whole = [name for name in tensors if len(stored_names(name)) > 1]
+    if whole:
+        raise CheckpointError(f"{whole[0]} is stored in parts: give each of {stored_names(whole[0])}")
     written = dict(tensors)
     if metadata is not None:
         packed = metadata.to_tensor()
         written[KEY] = LazyTensor(tuple(packed.shape), packed.dtype, lambda: packed)
-    sources = _sources(written)
-    folder = "release" if iteration is None else f"iter_{iteration:07d}"
-    state = _state(sources, {"iteration": iteration or 0, **common})
-    with _replacing(target, overwrite=overwrite) as partial:
-        (partial / folder).mkdir()
-        # One file a tensor: within a file, torch's writer keeps every tensor alive until the file is closed.
-        writer = FileSystemWriter(partial / folder, single_file_per_rank=False)
-        try:
-            with alone():
-                state_dict_saver.save(state, storage_writer=writer, planner=_LazyPlanner(sources), no_dist=True)
-        except CheckpointException as error:
-            for cause, _ in error.failures.values():
-                if isinstance(cause, CheckpointError | KeyboardInterrupt):
-                    raise cause from None
-            raise CheckpointError(f"{target} cannot be written: {error}") from error
-        (partial / folder / "metadata.json").write_text(json.dumps(FORMAT))
+    stocks = dict.fromkeys(map(stock_name, tensors))
+    linear = [stock.removesuffix("weight") for stock in stocks if LINEAR.search(stock)]
+    kept = {key: value for key, value in common.items() if key not in STATE_OF_A_RUN}
+    state = {"checkpoint_version": CHECKPOINT_VERSION, "iteration": iteration or 0, **kept}
+    with _write_faults_are_told(target), whole_or_nothing(target) as partial:
+        path = iteration_folder(partial, iteration)
+        path.mkdir()
+        writer = _Writer(path)
+        for name, tensor in _told(written.items(), f"writing {target.name}", progress):
+            writer.tensor(name, tensor)
+        for prefix in linear:
+            writer.object(f"{prefix}_extra_state/shard_0_1", None)
+        writer.object(COMMON_STATE, plain(state))
+        writer.finish()
         (partial / TRACKER).write_text("release" if iteration is None else str(iteration))
-    return target / folder
+        _verify(path, written, writer.contents, progress)
+    return iteration_folder(target, iteration)

@@ -31,9 +31,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Do what the arguments ask for and return the exit status."""
     with stdout_to_stderr():
-        from megatron_elastic.checkpoint import find_checkpoint
+        from megatron_elastic.checkpoint import find_verified
 
-        find_checkpoint(arguments.checkpoint)  # before Megatron is imported, which takes seconds
+        find_verified(arguments.checkpoint, progress=options.bars())  # before Megatron is imported, which takes seconds
         from megatron_elastic.evaluation import evaluate
 
         result = evaluate(

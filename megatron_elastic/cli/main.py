@@ -79,7 +79,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         status: int = arguments.run(arguments)
     except ElasticError as error:
-        print(f"megatron-elastic: error: {error}", file=sys.stderr)
+        # In one write: another rank's message comes before or after it, not into it.
+        sys.stderr.write(f"megatron-elastic: error: {error}\n")
         return 2 if isinstance(error, RecipeError) else 1
     except KeyboardInterrupt as stop:
         print(f"megatron-elastic: {str(stop) or 'interrupted'}; run the same command again to go on", file=sys.stderr)

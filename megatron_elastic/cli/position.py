@@ -1,40 +1,152 @@
 """How far a run has come, from the files it left, without starting Megatron where that can be told without."""
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import contextlib
+import datetime
+import errno
+import fcntl
+from collections.abc import Callable, Iterator, Mapping
 from math import prod
 from pathlib import Path
 from typing import Any
 
-from megatron_elastic.checkpoint import TRACKER, find_checkpoint, parameters, read_metadata
+from megatron_elastic.checkpoint import (
+    add_manifest,
+    find_checkpoint,
+    find_verified,
+    has_manifest,
+    has_router,
+    parameters,
+    read_family,
+    read_metadata,
+    recover,
+    tracked,
+    verify,
+)
+from megatron_elastic.cli import options
 from megatron_elastic.cli.launch import gpu_count
 from megatron_elastic.config import Recipe
 from megatron_elastic.errors import CheckpointError, CorpusError
+from megatron_elastic.metadata import Metadata
+from megatron_elastic.schedule import VERIFY_FLAG
+
+__all__ = [
+    "agreed",
+    "check_data",
+    "check_parent",
+    "default_ranks",
+    "family_position",
+    "logs",
+    "only_run",
+    "prepare",
+    "settled",
+    "tracked",
+    "wants_manifest",
+]
+
+_PATIENCE = datetime.timedelta(hours=2)
+"""How long the other ranks wait while rank 0 reads a checkpoint."""
+_FAILED = "failed"
+_kept: list[Any] = []
 
 
-def tracked(folder: str | Path) -> int:
-    """Iteration of the newest checkpoint that Megatron wrote to a folder; 0 where there is none.
+def wants_manifest(flags: Mapping[str, Any]) -> bool:
+    """Whether a run saves with Megatron's integrity manifest: unless its recipe says `verify-integrity: false`."""
+    return bool(flags.get(VERIFY_FLAG, True))
+
+
+def settled(save: str | Path, flags: Mapping[str, Any], check: Callable[[Path], None] | None = None) -> int:
+    """Iteration that a run goes on from, 0 where there is none, after what a stop left is put in order.
+
+    The number is Megatron's own, of the folder: an iteration that Megatron skips makes no optimizer step. Call it from
+    one process, before the ranks start.
+
+    Args:
+        save: where the run saves to.
+        flags: Megatron's, of the run.
+        check: refuses the checkpoint that would be loaded.
 
     Raises:
-        CheckpointError: the folder's tracker file does not hold an iteration.
+        CheckpointError: what is saved there is damaged.
     """
-    path = Path(folder) / TRACKER
-    if not path.exists():
+    manifest, progress = wants_manifest(flags), options.bars()
+    iteration = recover(save, manifest=manifest, progress=progress)
+    if not iteration:
         return 0
-    text = path.read_text("utf-8").strip()
-    if not text.isdecimal():
-        raise CheckpointError(f"{path} says {text!r}, where an iteration must stand: choose another folder")
-    return int(text)
+    path = find_checkpoint(save)
+    verify(path, digests=manifest, progress=progress)
+    if check is not None:
+        check(path)
+    if manifest and not has_manifest(path):
+        # Saved with the flag off. Megatron would refuse to load it now that it is on.
+        add_manifest(path, progress=progress)
+        print(f"{path}: saved without a manifest, so only sizes could be checked; it has one now", flush=True)
+    return iteration
 
 
 def family_position(recipe: Recipe) -> int:
-    """Optimizer steps that the saved family has made; Megatron is imported only where there is a checkpoint."""
-    if tracked(recipe.save) == 0:
-        return 0
-    prepare()
-    from megatron_elastic.training import family_position
+    """Iteration that the saved family goes on from, 0 where there is none; see `settled`.
 
-    return family_position(recipe)
+    Raises:
+        CheckpointError: what is saved there is damaged, or not this recipe's family.
+    """
+
+    def check(path: Path) -> None:
+        different = Metadata.of_family(recipe.family, recipe.megatron).same_family(read_family(path))
+        if different:
+            raise CheckpointError(
+                f"{path}: another family is saved there: {'; '.join(different)}; choose another `save`"
+            )
+        if recipe.router is not None and not has_router(path):
+            raise CheckpointError(
+                f"{path}: the router is missing, which the recipe goes on training: it was saved by a run with "
+                "`selections`. Choose another `save`, or give the recipe `selections` instead of `router`"
+            )
+
+    return settled(recipe.save, recipe.megatron, check)
+
+
+@contextlib.contextmanager
+def only_run(save: str | Path) -> Iterator[None]:
+    """Keeps a second run from saving to the same folder.
+
+    Raises:
+        CheckpointError: another run saves there.
+    """
+    folder = Path(save)
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise CheckpointError(f"another run saves to {folder}: wait for it, or choose another `save`") from error
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+                raise
+            # A file system without locks: the user is on their own.
+        yield
+
+
+def agreed(find: Callable[[], int]) -> int | None:
+    """What rank 0 of a launcher's processes finds, on every rank; None on the others where rank 0 fails.
+
+    Only rank 0 reads, repairs and complains. The others wait for it, so that none goes on to a rendezvous that rank 0
+    will not join.
+    """
+    import torch
+
+    store, rank, _ = next(torch.distributed.rendezvous("env://", timeout=_PATIENCE))
+    _kept.append(store)  # Megatron's process group meets at the same address: this server must outlive the question
+    answers = torch.distributed.PrefixStore("megatron_elastic.position", store)
+    if rank:
+        text = answers.get("found").decode()
+        return int(text) if text != _FAILED else None
+    try:
+        found = find()
+    except BaseException:
+        answers.set("found", _FAILED)
+        raise
+    answers.set("found", str(found))
+    return found
 
 
 def prepare() -> None:
@@ -54,7 +166,7 @@ def default_ranks(flags: Mapping[str, Any]) -> int:
     return gpu_count() or prod(int(flags.get(size, 1)) for size in split)
 
 
-@contextmanager
+@contextlib.contextmanager
 def stops(save: str | Path, begin: int, end: int, total: int) -> Iterator[None]:
     """Around ranks that train from iteration `begin` to `end`, of `total`: says where they were stopped.
 
@@ -95,9 +207,9 @@ def check_parent(recipe: Recipe) -> None:
     """Refuses a recipe whose parent is not there, or is another model than the recipe describes.
 
     Raises:
-        CheckpointError: no checkpoint where the recipe says, other parameters, or another block order.
+        CheckpointError: no checkpoint where the recipe says, a damaged one, other parameters, or another block order.
     """
-    path = find_checkpoint(recipe.parent)
+    path = find_verified(recipe.parent, progress=options.bars())
     dimensions = recipe.family.layout.parameters()
     wanted = {name: tuple(dimension.size for dimension in sizes) for name, sizes in dimensions.items()}
     found = {name: info.shape for name, info in parameters(path).items() if not name.startswith("elastic.")}

@@ -57,14 +57,19 @@ def pretrain(path: Path, ranks: int | None = None) -> bool:
 
     recipe = load_recipe(path)
     section = section_of(recipe)
-    ranks = ranks or position.default_ranks({**recipe.megatron, **section.megatron})
+    flags = {**recipe.megatron, **section.megatron}
+    ranks = ranks or position.default_ranks(flags)
     load_recipe(path, world_size=ranks)
     if position.tracked(section.save) >= section.iterations:
         return False
     position.check_data(recipe)
     log, save, end = position.logs(section.save) / "pretrain.log", section.save, section.iterations
-    with position.stops(save, position.tracked(save), end, end):
-        launch.run_ranks(["_pretrain", path], ranks=ranks, what="training the parent", log=log)
+    with position.only_run(save):
+        begin = position.settled(save, flags)
+        if begin >= end:
+            return False
+        with position.stops(save, begin, end, end):
+            launch.run_ranks(["_pretrain", path], ranks=ranks, what="training the parent", log=log)
     return True
 
 
@@ -75,6 +80,8 @@ def _one_rank(arguments: argparse.Namespace) -> int:
     recipe = load_recipe(arguments.recipe, world_size=launch.world_of(arguments.ranks))
     section = section_of(recipe)
     position.check_data(recipe)
+    if position.agreed(lambda: position.settled(section.save, {**recipe.megatron, **section.megatron})) is None:
+        return 1  # rank 0 says why
     made = contact.same_folder(Path(section.save), lambda: position.tracked(section.save))
     if made < section.iterations:
         return worker.pretrain(arguments)

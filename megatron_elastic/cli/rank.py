@@ -22,11 +22,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Do what the arguments ask for and return the exit status."""
-    from megatron_elastic.checkpoint import find_checkpoint
+    from megatron_elastic.checkpoint import find_verified
     from megatron_elastic.config import load_recipe
 
     recipe = load_recipe(arguments.recipe)
-    find_checkpoint(arguments.checkpoint)  # before Megatron is imported, which takes seconds
+    find_verified(arguments.checkpoint, progress=options.bars())  # before Megatron is imported, which takes seconds
     from megatron_elastic.importance import rank_parent
 
     rank_parent(recipe, arguments.checkpoint, arguments.out, options.bars())

@@ -30,7 +30,7 @@ def sort(recipe_path: Path, checkpoint: Path, scores: Path, out: Path) -> None:
     from megatron_elastic.config import load_recipe
     from megatron_elastic.sorting import sort_parent
 
-    sort_parent(load_recipe(recipe_path), checkpoint, scores, out)
+    sort_parent(load_recipe(recipe_path), checkpoint, scores, out, progress=options.bars())
 
 
 def run(arguments: argparse.Namespace) -> int:

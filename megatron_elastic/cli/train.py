@@ -3,9 +3,13 @@
 import argparse
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from megatron_elastic.cli import contact, launch, options
 from megatron_elastic.errors import ElasticError
+
+if TYPE_CHECKING:
+    from megatron_elastic.config import Recipe
 
 HELP = "train the family: every budget at once, by distillation from the frozen parent"
 DESCRIPTION = """\
@@ -46,8 +50,14 @@ def train(path: Path, ranks: int | None = None) -> bool:
     recipe = load_recipe(path, world_size=ranks)
     position.check_data(recipe)
     position.check_parent(recipe)
-    made = position.family_position(recipe)
-    first = recipe.stage_of(made)
+    with position.only_run(recipe.save):
+        return _stages(recipe, path, ranks, recipe.stage_of(position.family_position(recipe)))
+
+
+def _stages(recipe: "Recipe", path: Path, ranks: int, first: int) -> bool:
+    """Runs the stages from `first` on; returns whether there were any."""
+    from megatron_elastic.cli import position
+
     for number in range(1, first):
         print(f"stage {number} of {len(recipe.stages)} is done already", flush=True)
     for number in range(first, len(recipe.stages) + 1):
@@ -67,10 +77,17 @@ def _one_rank(arguments: argparse.Namespace) -> int:
     from megatron_elastic.config import load_recipe
 
     recipe = load_recipe(arguments.recipe, world_size=launch.world_of(arguments.ranks))
-    position.check_data(recipe)
-    position.check_parent(recipe)
+
+    def stage() -> int:
+        position.check_data(recipe)
+        position.check_parent(recipe)
+        return recipe.stage_of(position.family_position(recipe))
+
+    number = position.agreed(stage)
+    if number is None:
+        return 1  # rank 0 says why
+    # After rank 0 has looked: it may have mended the tracker that all compare.
     contact.same_folder(Path(recipe.save), lambda: position.tracked(recipe.save))
-    number = recipe.stage_of(position.family_position(recipe))
     if number <= len(recipe.stages):
         return worker.train(arguments.recipe, number)
     if os.environ["RANK"] == "0":

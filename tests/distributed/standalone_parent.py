@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_elastic.checkpoint import LazyTensor, write_checkpoint
+from megatron_elastic.checkpoint import write_checkpoint
 from megatron_elastic.flags import model_shape
 from megatron_elastic.layout import Layout
-from megatron_elastic.sorting import stored_parts
+from tests.unit import small_parent
 
 BLOCKS = 4
 FLAGS = {
@@ -41,14 +41,7 @@ def weights(layout: Layout = LAYOUT) -> dict[str, Tensor]:
 
 def write(folder: Path, tensors: dict[str, Tensor], **other: Any) -> Path:
     """The parent's checkpoint."""
-    lazy = {
-        name: LazyTensor(
-            tuple(tensor.shape), tensor.dtype, lambda tensor=tensor: tensor,
-            stored_parts(name, LAYOUT.parameters()[name][0]),
-        )
-        for name, tensor in tensors.items()
-    }  # fmt: skip
-    return write_checkpoint(folder, lazy, common={}, **other)
+    return write_checkpoint(folder, small_parent.stored(tensors, LAYOUT), common={}, **other)
 
 
 def tokens(seed: int = 3, *, samples: int = 2, length: int = 37) -> Tensor:

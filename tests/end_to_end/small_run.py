@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -84,12 +85,12 @@ def different(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> l
     return sorted({*found, *(set(one) ^ set(other))})
 
 
-def train(folder: Path) -> subprocess.CompletedProcess[str]:
-    """`megatron-elastic train recipe.yaml` on two CPU ranks."""
+def train(folder: Path, *, launcher: Sequence[str] = ()) -> subprocess.CompletedProcess[str]:
+    """`megatron-elastic train recipe.yaml` on two CPU ranks; `launcher` starts them in this program's stead."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
     for name in ("WANDB_API_KEY", "WANDB_MODE"):
         environment.pop(name, None)
-    command = [sys.executable, "-m", "megatron_elastic", "train", "recipe.yaml", "--ranks", "2"]
+    command = [sys.executable, *launcher, "-m", "megatron_elastic", "train", "recipe.yaml", "--ranks", "2"]
     return subprocess.run(
         command, cwd=folder, env=environment, capture_output=True, text=True, timeout=1500, check=False
     )

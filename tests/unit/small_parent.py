@@ -6,10 +6,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron_elastic.checkpoint import LazyTensor, write_checkpoint
+from megatron_elastic.checkpoint import LazyTensor, stored_names, write_checkpoint
 from megatron_elastic.layout import Layout, ModelShape
 from megatron_elastic.metadata import Metadata
-from megatron_elastic.sorting import stored_parts
 
 SHAPE = ModelShape(
     pattern="M-*", vocab=10, hidden=12, ffn=16, attention_heads=8, query_groups=2, head_dim=3,
@@ -36,17 +35,20 @@ def weights() -> dict[str, Tensor]:
     return found
 
 
+def stored(tensors: dict[str, Tensor], layout: Layout) -> dict[str, LazyTensor]:
+    """Parameters by stock name -> what is stored of them: Mamba's in parts."""
+    dimensions, found = layout.parameters(), {}
+    for stock, tensor in tensors.items():
+        names = stored_names(stock)
+        parts = tensor.split(dimensions[stock][0].part_sizes()) if len(names) > 1 else [tensor]
+        for name, part in zip(names, parts, strict=True):
+            found[name] = LazyTensor(tuple(part.shape), part.dtype, lambda part=part: part)  # type: ignore[misc]
+    return found
+
+
 def write(
     folder: Path, tensors: dict[str, Tensor], *, metadata: Metadata | None = None, layout: Layout = LAYOUT
 ) -> Path:
     """A checkpoint as Megatron writes it, with the arguments of a run."""
     args = Namespace(hidden_size=SHAPE.hidden, consumed_train_samples=640, iteration=20, num_layers=3, lr=0.1)
-    dimensions = layout.parameters()
-    lazy = {
-        name: LazyTensor(
-            tuple(tensor.shape), tensor.dtype, lambda tensor=tensor: tensor,
-            stored_parts(name, dimensions[name][0]) if name in dimensions else (),
-        )
-        for name, tensor in tensors.items()
-    }  # fmt: skip
-    return write_checkpoint(folder, lazy, common={"args": args}, metadata=metadata, iteration=20)
+    return write_checkpoint(folder, stored(tensors, layout), common={"args": args}, metadata=metadata, iteration=20)

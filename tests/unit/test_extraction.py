@@ -1,6 +1,7 @@
 """Extraction: what is kept, what is said about it, and that nothing half-made or wrong is left."""
 
 import dataclasses
+import errno
 from argparse import Namespace
 
 import pytest
@@ -8,11 +9,11 @@ import torch
 
 from megatron_elastic import cost_model, extraction
 from megatron_elastic.budget import Budget, Selection
-from megatron_elastic.checkpoint import find_checkpoint, parameters, read_common, read_metadata, read_parameter
+from megatron_elastic.checkpoint import find_checkpoint, parameters, read_common, read_metadata, read_parameter, writing
 from megatron_elastic.errors import CheckpointError
 from megatron_elastic.extraction import cut, extract_budget
 from megatron_elastic.metadata import Metadata
-from megatron_elastic.sorting import permuted, random_orders, sort_checkpoint
+from megatron_elastic.sorting import random_orders, sort_checkpoint
 from tests.unit import small_parent as parent
 
 SHAPE, LAYOUT = parent.SHAPE, parent.LAYOUT
@@ -117,7 +118,8 @@ def test_extracted_checkpoint_describes_itself(tmp_path):
     assert (said.kind, said.budget, said.iteration, said.ffn_blocks) == ("extracted", "p50", 30, 4)
     assert said.shape == dataclasses.replace(SHAPE, **HALF.as_dict())
     assert said.flags == {
-        **parent.FLAGS, "hidden-size": 7, "ffn-hidden-size": 8, "num-attention-heads": 2, "mamba-num-heads": 4
+        **parent.FLAGS, "hidden-size": 7, "ffn-hidden-size": 8, "num-attention-heads": 2, "mamba-num-heads": 4,
+        "make-vocab-size-divisible-by": 1,
     }  # fmt: skip
     args = read_common(find_checkpoint(tmp_path / "p50"))["args"]
     assert isinstance(args, Namespace)
@@ -181,32 +183,42 @@ def test_selections_that_do_not_fit_the_blocks_are_refused(tmp_path, changed, me
     assert not (tmp_path / "out").exists()
 
 
-def test_what_was_written_is_compared_with_what_should_be(tmp_path, monkeypatch):
+@pytest.mark.parametrize("what", ["file", "index"])
+def test_what_was_written_is_compared_with_what_should_be(tmp_path, monkeypatch, what):
     parent.write(tmp_path / "parent", parent.weights())
     name = "decoder.layers.2.self_attention.linear_proj.weight"
+    finish = writing._Writer.finish
 
-    def damaged(path, wanted):
-        found = read_parameter(path, wanted).clone()
-        if wanted == name and ".unverified" in str(path):
-            found.view(-1)[-1] += 1
-        return found
+    def damaged(writer):
+        (key,) = (key for key in writer.places if key.fqn == name)
+        if what == "index":
+            other = next(each for each in writer.places if each.fqn.endswith("linear_fc1.weight"))
+            writer.places[key] = writer.places[other]
+        finish(writer)
+        if what == "file":
+            file = writer.path / writer.places[key].relative_path
+            content = bytearray(file.read_bytes())
+            at = content.index(parent.weights()[name][0, 0].numpy().tobytes())
+            content[at] ^= 1
+            file.write_bytes(content)
 
-    monkeypatch.setattr(extraction, "read_parameter", damaged)
-    with pytest.raises(CheckpointError, match=f"{name} is not what was written"):
+    monkeypatch.setattr(writing._Writer, "finish", damaged)
+    with pytest.raises(CheckpointError, match=f"{name} is (not what was written|stored as)"):
         take(tmp_path / "parent", tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["parent"]
 
 
 def test_a_failure_on_the_way_leaves_nothing(tmp_path, monkeypatch):
     parent.write(tmp_path / "parent", parent.weights())
+    read = extraction.read_entries
 
-    def full_disk(path, wanted):
-        if wanted == "output_layer.weight":
-            raise OSError("no space left on device")
-        return read_parameter(path, wanted)
+    def broken(path, name, entries):
+        if name == "output_layer.weight":
+            raise OSError(errno.EIO, "broken")
+        return read(path, name, entries)
 
-    monkeypatch.setattr(extraction, "read_parameter", full_disk)
-    with pytest.raises((OSError, CheckpointError), match="no space left"):
+    monkeypatch.setattr(extraction, "read_entries", broken)
+    with pytest.raises(CheckpointError, match=r"out cannot be written \(Input/output error\)"):
         take(tmp_path / "parent", tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["parent"]
 
@@ -217,11 +229,3 @@ def test_not_a_number_is_carried_as_it_is(tmp_path):
     parent.write(tmp_path / "parent", tensors)
     take(tmp_path / "parent", tmp_path / "out")
     assert read_all(tmp_path / "out")["decoder.final_norm.weight"][0].isnan()
-
-
-def test_permuted_without_orders_of_an_axis_leaves_it():
-    tensor = parent.weights()["decoder.layers.1.mlp.linear_fc1.weight"]
-    dimensions = LAYOUT.parameters()["decoder.layers.1.mlp.linear_fc1.weight"]
-    assert permuted(tensor, dimensions, {}) is tensor
-    order = {"ffn": torch.arange(15, -1, -1)}
-    assert torch.equal(permuted(tensor, dimensions, order), tensor.flip(0))

@@ -4,6 +4,7 @@ import dataclasses
 from pathlib import Path
 
 import pytest
+import torch
 
 from megatron_elastic.budget import Budget
 from megatron_elastic.cli import position
@@ -75,3 +76,67 @@ def test_a_stop_says_where(tmp_path: Path) -> None:
         tracker.write_text("5")
     with position.stops(tmp_path, 5, 9, 9):
         pass  # nothing was saved: that is no stop, and the caller's to judge
+
+
+def saved_family(folder: Path, **changed: object) -> Path:
+    """A family of the recipe, saved after 20 iterations of which 3 made no optimizer step."""
+    declared = Metadata.of_family(recipe(folder).family, {}, stage=1)
+    found = dataclasses.replace(declared, iteration=17, **changed)  # type: ignore[arg-type]
+    tensors = {**small_parent.weights(), "elastic.router.hidden.0.weight": torch.zeros(2)}
+    return small_parent.write(folder, tensors, metadata=found)
+
+
+def position_of(folder: Path, **flags: object) -> int:
+    wanted = recipe(folder)
+    return position.family_position(
+        dataclasses.replace(wanted, save=str(folder), megatron={**wanted.megatron, **flags})
+    )
+
+
+def test_the_position_is_megatrons_count(tmp_path: Path) -> None:
+    assert position_of(tmp_path / "family") == 0
+    saved_family(tmp_path / "family")
+    assert position_of(tmp_path / "family") == 20
+
+
+def test_another_family_and_one_without_its_router_are_refused(tmp_path: Path) -> None:
+    saved_family(tmp_path / "other", budgets=(Budget("p90", 0.9),))
+    with pytest.raises(CheckpointError, match=r"other/iter_0000020: another family .*budgets: the recipe has"):
+        position_of(tmp_path / "other")
+    described = Metadata.of_family(recipe(tmp_path).family, {}, selections=(recipe(tmp_path).family.full,))
+    small_parent.write(tmp_path / "given", small_parent.weights(), metadata=described)
+    with pytest.raises(CheckpointError, match=r"given/iter_0000020: the router is missing"):
+        position_of(tmp_path / "given")
+    small_parent.write(tmp_path / "plain", small_parent.weights())
+    with pytest.raises(CheckpointError, match="is no family"):
+        position_of(tmp_path / "plain")
+
+
+def test_a_family_without_a_manifest_gets_one_unless_the_flag_is_off(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = saved_family(tmp_path / "family")
+    (path / "integrity.json").unlink()
+    assert position_of(tmp_path / "family", **{"verify-integrity": False}) == 20
+    assert not (path / "integrity.json").exists()
+    assert position_of(tmp_path / "family") == 20
+    assert (path / "integrity.json").exists()
+    assert "saved without a manifest, so only sizes could be checked" in capsys.readouterr().out
+    # With the flag off no digest is compared: the user asked for that.
+    for file in path.glob("*.distcp"):
+        content = bytearray(file.read_bytes())
+        content[-300] ^= 1
+        file.write_bytes(content)
+    assert position_of(tmp_path / "family", **{"verify-integrity": False}) == 20
+    with pytest.raises(CheckpointError, match="is damaged"):
+        position_of(tmp_path / "family")
+
+
+def test_one_run_at_a_time_saves_to_a_folder(tmp_path: Path) -> None:
+    with position.only_run(tmp_path / "family"):
+        with pytest.raises(CheckpointError, match="another run saves to"), position.only_run(tmp_path / "family"):
+            pass
+        with position.only_run(tmp_path / "other"):
+            pass
+    with position.only_run(tmp_path / "family"):
+        pass
