@@ -283,7 +283,7 @@ def watch(rank: int, words: Sequence[str]) -> None:
 
 
 def slow_writer(rank: int, words: Sequence[str], *, seconds: float, copies: bool = True, live: bool = False) -> None:
-    """The writer of asynchronous saves waits before it writes, while training goes on.
+    """The writer of asynchronous saves waits before it writes the first one, while training goes on.
 
     Args:
         rank, words: of the rank.
@@ -301,7 +301,8 @@ def slow_writer(rank: int, words: Sequence[str], *, seconds: float, copies: bool
     write = FileSystemWriterAsync.write_preloaded_data
 
     def write_preloaded_data(*args: Any, **kwargs: Any) -> Any:
-        time.sleep(seconds)
+        if "iter_0000001" in kwargs["write_bucket"][0]:
+            time.sleep(seconds)
         return write(*args, **kwargs)
 
     FileSystemWriterAsync.write_preloaded_data = staticmethod(write_preloaded_data)

@@ -213,7 +213,7 @@ def test_a_slow_asynchronous_save_is_of_its_own_iteration(
     server: RankServer, straight: Reference, straight_async: Reference, tmp_path: Path
 ) -> None:
     folder = kills.fresh(tmp_path / "slow", straight.folder, {"async-save": True})
-    run = server.train(folder, hooks=[hook(f"{FAULTS}:slow_writer", seconds=0.7)])
+    run = server.train(folder, hooks=[hook(f"{FAULTS}:slow_writer", seconds=1.5)])
     assert run.status == 0, run.text()[-3000:]
     for iteration in range(1, LAST + 1):
         found = small_run.state(folder, iteration)
@@ -224,7 +224,7 @@ def test_a_slow_asynchronous_save_is_of_its_own_iteration(
         # Where core copies nothing (host memory) the family's tensors are right all the same, unless they are given
         # to the writer as they are.
         folder = kills.fresh(tmp_path / f"live-{live}", straight.folder, {"async-save": True})
-        run = server.train(folder, hooks=[hook(f"{FAULTS}:slow_writer", seconds=0.7, copies=False, live=live)])
+        run = server.train(folder, hooks=[hook(f"{FAULTS}:slow_writer", seconds=1.5, copies=False, live=live)])
         assert run.status == 0, run.text()[-3000:]
         wrong = small_run.different(small_run.state(folder, 1), straight_async.states[1])
         assert "decoder.final_norm.weight" in wrong
