@@ -204,12 +204,18 @@ def check_data(recipe: Recipe) -> None:
 
 
 def check_parent(recipe: Recipe) -> None:
-    """Refuses a recipe whose parent is not there, or is another model than the recipe describes.
+    """Refuses a recipe whose parent or teacher is not there, or is another model than the recipe describes.
 
     Raises:
         CheckpointError: no checkpoint where the recipe says, a damaged one, other parameters, or another block order.
     """
-    path = find_verified(recipe.parent, progress=options.bars())
+    for role, place in {"parent": recipe.parent, "teacher": recipe.teacher}.items():
+        if role == "parent" or place != recipe.parent:
+            _check_model(recipe, role, place)
+
+
+def _check_model(recipe: Recipe, role: str, place: str) -> None:
+    path = find_verified(place, progress=options.bars())
     dimensions = recipe.family.layout.parameters()
     wanted = {name: tuple(dimension.size for dimension in sizes) for name, sizes in dimensions.items()}
     found = {name: info.shape for name, info in parameters(path).items() if not name.startswith("elastic.")}
@@ -220,10 +226,10 @@ def check_parent(recipe: Recipe) -> None:
         for name in sorted(set(wanted) & set(found))
         if found[name] != wanted[name]
     ]
-    described = read_metadata(path)
+    described = read_metadata(path) if role == "parent" else None  # a teacher runs whole, in whatever order
     if described is not None and described.ffn_blocks != recipe.family.ffn_blocks:
         blocks = f"{described.ffn_blocks} ffn blocks, the recipe has {recipe.family.ffn_blocks}"
         faults.append(f"it is sorted into {blocks}: sort the parent again")
     if faults:
         more = f" and {len(faults) - 4} more" if len(faults) > 4 else ""
-        raise CheckpointError(f"{path}: not the parent that the recipe describes: {'; '.join(faults[:4])}{more}")
+        raise CheckpointError(f"{path}: not the {role} that the recipe describes: {'; '.join(faults[:4])}{more}")

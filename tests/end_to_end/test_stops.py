@@ -52,7 +52,7 @@ def rank_text(run: Run, rank: int) -> str:
 
 def texts(run: Run) -> list[str]:
     """What rank 0 read for training and evaluation, in order."""
-    return re.findall(r"watch \| read (\w+ \| \w+ \d)", rank_text(run, 0))
+    return re.findall(r"watch \| read (\w+ \| \w+ [T\d])", rank_text(run, 0))
 
 
 @pytest.mark.parametrize("stop", [2, 3, 4, 5])
@@ -137,7 +137,7 @@ def test_a_rerun_steps_the_router_once(server: RankServer, straight: Reference, 
     again = [line.removeprefix("again ") for line in texts(run) if line.startswith("again")]
     first = [line.removeprefix("first ") for line in texts(run) if line.startswith("first")]
     assert len(again) == 6
-    assert [line[-1] for line in again] == ["0", "1", "2"] * 2
+    assert [line[-1] for line in again] == ["T", "1", "0"] * 2
     assert again == next(first[n : n + 6] for n in range(len(first)) if first[n] == again[0])
     assert first == [line.removeprefix("first ") for line in texts(straight.run)]
     # Without the guard the router steps twice.
