@@ -20,7 +20,7 @@ from megatron_elastic.checkpoint import (
     write_checkpoint,
 )
 from megatron_elastic.errors import CheckpointError
-from megatron_elastic.flags import shape_flags
+from megatron_elastic.flags import LAYOUT_FLAGS, shape_flags
 from megatron_elastic.layout import Layout, ModelShape
 from megatron_elastic.metadata import Metadata
 from megatron_elastic.sorting import Orders, Stored, common_state, stored_tensors
@@ -120,7 +120,8 @@ def cut(
         kind="extracted",
         shape=submodel,
         ffn_blocks=ffn_blocks,
-        flags=shape_flags(submodel, {**flags, **vocabulary}),
+        # Nothing of the layout it was trained on: every layout gives the same bytes.
+        flags=shape_flags(submodel, {**{k: v for k, v in flags.items() if k not in LAYOUT_FLAGS}, **vocabulary}),
         iteration=iteration,
         budget=budget,
     )

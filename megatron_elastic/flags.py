@@ -142,6 +142,35 @@ _SIZES = {
 }
 
 
+LAYOUT_FLAGS = (
+    "tensor-model-parallel-size",
+    "pipeline-model-parallel-size",
+    "sequence-parallel",
+    "context-parallel-size",
+    "cp-comm-type",
+    "expert-model-parallel-size",
+    "expert-tensor-parallel-size",
+    "virtual-pipeline-model-parallel-size",
+    "num-virtual-stages-per-pipeline-rank",
+    "num-layers-per-virtual-pipeline-stage",
+    "decoder-first-pipeline-num-layers",
+    "decoder-last-pipeline-num-layers",
+    "use-distributed-optimizer",
+    "dist-ckpt-optim-fully-reshardable",
+    "overlap-grad-reduce",
+    "overlap-param-gather",
+    "overlap-param-gather-with-optimizer-step",
+    "tp-comm-overlap",
+    "recompute-activations",
+    "recompute-granularity",
+    "recompute-method",
+    "recompute-num-layers",
+    "recompute-modules",
+    "distribute-saved-activations",
+)
+"""Flags about the layout of a run: one process has none."""
+
+
 def flag_faults(flags: Mapping[str, Any]) -> list[str]:
     """Every refused flag of a recipe's `megatron` section."""
     faults = [

@@ -36,6 +36,9 @@ ASYNC_SAVE_FLAGS: Mapping[str, Any] = {"async-strategy": "mcore", "use-persisten
 """What a recipe's `async-save` needs, unless the recipe says otherwise: core's default strategy is a package apart, and
 without the worker core saves synchronously after all."""
 
+RESHARD_FLAGS: Mapping[str, Any] = {"dist-ckpt-optim-fully-reshardable": True}
+"""What a recipe's `use-distributed-optimizer` needs to go on on another layout, unless the recipe says otherwise."""
+
 CPU_FLAGS: Mapping[str, Any] = {"distributed-backend": "gloo", "use-cpu-initialization": True, "num-workers": 0}
 
 
@@ -72,6 +75,7 @@ def stage_flags(
         **LOCAL_BACKEND_FLAGS,
         **STOP_FLAGS,
         **(ASYNC_SAVE_FLAGS if flags.get("async-save") else {}),
+        **(RESHARD_FLAGS if flags.get("use-distributed-optimizer") else {}),
         **({} if cuda else CPU_FLAGS),
         VERIFY_FLAG: True,
         **flags,

@@ -24,12 +24,18 @@ from megatron_elastic.checkpoint import (
 )
 from megatron_elastic.config import Recipe
 from megatron_elastic.errors import CheckpointError
-from megatron_elastic.flags import shape_flags
+from megatron_elastic.flags import LAYOUT_FLAGS, shape_flags
 from megatron_elastic.importance.scores import AXIS_OF_KIND, Scores
 from megatron_elastic.layout import Layout, ModelShape
 from megatron_elastic.metadata import Metadata
 
 _LAYER = "decoder.layers."
+_OF_THE_RANKS = (
+    *("world_size", "rank", "local_rank", "data_parallel_size", "inprocess_active_world_size"),
+    *("transformer_pipeline_model_parallel_size", "tensor_parallel_num_weight_shards"),
+    *("expert_tensor_parallel_num_weight_shards", "align_param_gather", "overlap_p2p_comm"),
+)
+"""Arguments that Megatron derives from the layout of a run."""
 
 
 @dataclass(frozen=True)
@@ -134,7 +140,7 @@ def stored_tensors(path: Path, layout: Layout) -> list[Stored]:
 
 
 def common_state(path: Path, shape: ModelShape | None = None) -> dict[str, Any]:
-    """What a rewritten checkpoint keeps beside its tensors: the arguments, of a run that has not begun.
+    """What a rewritten checkpoint keeps beside its tensors: the arguments, of a run that has not begun, on no layout.
 
     Args:
         path: the source.
@@ -142,7 +148,10 @@ def common_state(path: Path, shape: ModelShape | None = None) -> dict[str, Any]:
     """
     args = read_common(path).get("args")
     kept = vars(args) if isinstance(args, Namespace) else {}
-    changed: dict[str, Any] = {"iteration": 0}
+    layout = {flag.replace("-", "_") for flag in LAYOUT_FLAGS} | set(_OF_THE_RANKS)
+    kept = {name: value for name, value in kept.items() if name not in layout}
+    # Megatron asks for these two by name.
+    changed: dict[str, Any] = {"iteration": 0, "tensor_model_parallel_size": 1, "pipeline_model_parallel_size": 1}
     changed.update((name, 0) for name in kept if name.startswith("consumed_") or name == "skipped_train_samples")
     if shape is not None:
         changed.update((flag.replace("-", "_"), value) for flag, value in shape_flags(shape, {}).items())

@@ -22,36 +22,10 @@ from megatron_elastic.checkpoint import find_checkpoint, parameters, read_parame
 from megatron_elastic.cpu import adaptation
 from megatron_elastic.errors import CheckpointError, ElasticError, RecipeError
 from megatron_elastic.family import Family
-from megatron_elastic.flags import padded_vocabulary, to_argv
+from megatron_elastic.flags import LAYOUT_FLAGS, padded_vocabulary, to_argv
 from megatron_elastic.layers.plain import plain_stack_spec
 from megatron_elastic.model import ElasticHybridModel, ElasticModelBuilder, ElasticModelConfig
 from megatron_elastic.schedule import CPU_FLAGS, LOCAL_BACKEND_FLAGS
-
-LAYOUT_FLAGS = (
-    "tensor-model-parallel-size",
-    "pipeline-model-parallel-size",
-    "sequence-parallel",
-    "context-parallel-size",
-    "expert-model-parallel-size",
-    "expert-tensor-parallel-size",
-    "virtual-pipeline-model-parallel-size",
-    "num-virtual-stages-per-pipeline-rank",
-    "num-layers-per-virtual-pipeline-stage",
-    "decoder-first-pipeline-num-layers",
-    "decoder-last-pipeline-num-layers",
-    "use-distributed-optimizer",
-    "overlap-grad-reduce",
-    "overlap-param-gather",
-    "overlap-param-gather-with-optimizer-step",
-    "tp-comm-overlap",
-    "recompute-activations",
-    "recompute-granularity",
-    "recompute-method",
-    "recompute-num-layers",
-    "recompute-modules",
-    "distribute-saved-activations",
-)
-"""Flags about the layout of a run: one process has none."""
 
 RUN_FLAGS = (
     "lr",

@@ -320,3 +320,16 @@ def slow_writer(rank: int, words: Sequence[str], *, seconds: float, copies: bool
             return found
 
         ElasticHybridModel.sharded_state_dict = sharded_state_dict
+
+
+def stand_still(rank: int, words: Sequence[str]) -> None:
+    """Optimizers step without learning rate and gradient: weights stay, and Adam's moments decay by their betas."""
+    from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+    def without(optimizer: Any, *_: Any) -> None:
+        for group in optimizer.param_groups:
+            group["lr"] = 0.0
+            for parameter in group["params"]:
+                parameter.grad.zero_()
+
+    register_optimizer_step_pre_hook(without)
