@@ -6,6 +6,7 @@ import importlib.util
 import inspect
 import multiprocessing.managers
 import signal
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,8 @@ import torch
 from megatron_elastic.errors import ElasticError
 
 SUPPORTED_CORE = "0.19."
+TRACKER_WAIT = 60.0
+"""Seconds until a tracker file that another node writes must be seen here."""
 
 
 @dataclass(frozen=True)
@@ -182,6 +185,36 @@ def _mend_results_queue() -> None:
     filesystem_async.get_write_results_queue = get_write_results_queue
 
 
+def _artifact_before_tracker() -> bool:
+    from megatron.training import wandb_utils
+
+    function = wandb_utils.on_save_checkpoint_success
+    # A mended function is a wrapper, and `getsource` would look through it.
+    return not hasattr(function, "__wrapped__") and "add_file(tracker_filename)" in inspect.getsource(function)
+
+
+def _mend_artifact() -> None:
+    from megatron.training import wandb_utils
+
+    save = wandb_utils.on_save_checkpoint_success
+
+    @functools.wraps(save)
+    def on_save_checkpoint_success(
+        checkpoint_path: str, tracker_filename: str, save_dir: str, iteration: int
+    ) -> None:
+        limit = time.monotonic() + TRACKER_WAIT
+        while not Path(tracker_filename).exists() or Path(tracker_filename).read_text().strip() != str(iteration):
+            if time.monotonic() > limit:
+                raise ElasticError(
+                    f"{tracker_filename} does not say {iteration} after {TRACKER_WAIT:.0f} s: rank 0 writes it after a "
+                    "save; is the folder shared by all nodes?"
+                )
+            time.sleep(0.01)
+        save(checkpoint_path, tracker_filename, save_dir, iteration)
+
+    wandb_utils.on_save_checkpoint_success = on_save_checkpoint_success
+
+
 DEFECTS = (
     Defect(
         "dataset helpers without a Makefile",
@@ -223,6 +256,13 @@ DEFECTS = (
         "dies of it, and the save that --exit-signal-handler then makes fails",
         _results_end_with_sigterm,
         _mend_results_queue,
+    ),
+    Defect(
+        "wandb's artifact before the tracker file",
+        "the last rank gives wandb the tracker file of a save, which rank 0 may not have written yet: the run ends by "
+        "'Path is not a file', or the artifact has the save before",
+        _artifact_before_tracker,
+        _mend_artifact,
     ),
 )
 

@@ -197,6 +197,15 @@ def cut(weights: Mapping[str, Tensor], layout: Layout, selection: Selection) -> 
     return found
 
 
+def permuted(tensor: Tensor, dimensions: tuple[Dimension, ...], orders: Mapping[str, Tensor]) -> Tensor:
+    """A parameter in the given orders: every dimension that has a sorted axis is permuted."""
+    for number, dimension in enumerate(dimensions):
+        rows = dimension.permutation(orders)
+        if rows is not None:
+            tensor = tensor.index_select(number, rows)
+    return tensor
+
+
 def scatter_back(
     part: Tensor, whole: Tensor, dimensions: tuple[Dimension, ...], layout: Layout, s: Selection
 ) -> Tensor:

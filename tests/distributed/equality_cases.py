@@ -17,7 +17,7 @@ from megatron_elastic.cost_model import parameters, selections
 from megatron_elastic.layers import norm as norm_layers
 from megatron_elastic.layout import Layout
 from megatron_elastic.masks import one_hot
-from megatron_elastic.sorting import permuted, random_orders
+from megatron_elastic.sorting import random_orders
 
 LAYOUT = kit.FAMILY.layout
 CHOICES = kit.FAMILY.choices
@@ -123,7 +123,7 @@ def sorting(model: Any, teacher_logits: Tensor) -> dict[str, float]:
     dimensions = LAYOUT.parameters()
 
     def moved(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {name: permuted(value, dimensions[name], orders.of(name)) for name, value in tensors.items()}
+        return {name: kit.permuted(value, dimensions[name], orders.of(name)) for name, value in tensors.items()}
 
     weights = kit.full_weights(LAYOUT)
     before = outcome(model, LAYOUT, teacher_logits)

@@ -14,6 +14,7 @@ from megatron.training import global_vars
 from torch import Tensor
 
 from megatron_elastic.axes import AXES
+from megatron_elastic.distillation.roles import JointRoles
 from megatron_elastic.forward_step import JointStep
 from megatron_elastic.metadata import Metadata
 from megatron_elastic.model import FamilyState
@@ -80,7 +81,7 @@ def reference(mode: str) -> dict[str, Any]:
 def roles(size: int) -> list[dict[str, Tensor]]:
     """What the loader hands out: each base microbatch once a role."""
     return [
-        {**kit.batch(index), "role": torch.full((size,), role)}
+        {**kit.batch(index), "budget": torch.full((size,), JointRoles(len(WEIGHTS)).budget(role, index))}
         for index in range(BASE_MICROBATCHES)
         for role in range(len(WEIGHTS) + 1)
     ]
@@ -133,7 +134,7 @@ def joint(mode: str, tp: int, pp: int, *, ambient: bool = False, **config: Any) 
         trainer,
     )  # fmt: skip
     model.states = (state,)
-    recipe = SimpleNamespace(family=kit.FAMILY, temperature=1.0)
+    recipe = SimpleNamespace(family=kit.FAMILY, temperature=1.0, budget_mode="joint")
     step = JointStep(recipe, state, WEIGHTS, SilentLog())  # type: ignore[arg-type]
     model.config.finalize_model_grads_func = step.finalize
     wrapped = DistributedDataParallel(

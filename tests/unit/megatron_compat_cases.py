@@ -2,6 +2,7 @@
 
 import os
 import signal
+import threading
 from types import SimpleNamespace
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from megatron_elastic import megatron_compat
 from megatron_elastic.errors import ElasticError
 
-HELPERS, BEFORE_FIRST_STEP, INTO_LEAVES, SHARED_STEP, SKIPPING, RESULTS = megatron_compat.DEFECTS
+HELPERS, BEFORE_FIRST_STEP, INTO_LEAVES, SHARED_STEP, SKIPPING, RESULTS, ARTIFACT = megatron_compat.DEFECTS
 OPTIMIZER_DEFECTS = {
     "sharded_state_dict": BEFORE_FIRST_STEP,
     "_set_main_param_and_optimizer_states": INTO_LEAVES,
@@ -110,6 +111,28 @@ def test_a_skipped_iteration_is_read_on_every_rank(monkeypatch):
     training.dummy_train_step(one)
     training.dummy_train_step(None)
     assert next(one) == 7
+
+
+def test_wandb_gets_the_tracker_of_this_save(monkeypatch, tmp_path):
+    from megatron.training import wandb_utils
+
+    seen = []
+    tracker = tmp_path / "latest_checkpointed_iteration.txt"
+    original = wandb_utils.on_save_checkpoint_success
+    monkeypatch.setattr(wandb_utils, "on_save_checkpoint_success", original)
+    assert ARTIFACT.present()
+    monkeypatch.setattr(wandb_utils, "get_wandb_writer", lambda: seen.append(tracker.read_text()))
+    ARTIFACT.mend()
+    assert not ARTIFACT.present()
+    late = threading.Timer(0.2, lambda: tracker.write_text("7"))
+    late.start()
+    wandb_utils.on_save_checkpoint_success("checkpoint", str(tracker), str(tmp_path), 7)
+    late.join()
+    assert seen == ["7"]
+    monkeypatch.setattr(megatron_compat, "TRACKER_WAIT", 0.05)
+    with pytest.raises(ElasticError, match="does not say 8"):
+        wandb_utils.on_save_checkpoint_success("checkpoint", str(tracker), str(tmp_path), 8)
+    assert seen == ["7"]
 
 
 @pytest.mark.parametrize("name", OPTIMIZER_DEFECTS)
