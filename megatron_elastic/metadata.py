@@ -17,7 +17,8 @@ KEY = "elastic.metadata"
 """Name of the metadata tensor in a checkpoint."""
 ROUTER_PREFIX = "elastic.router."
 """Beginning of the router's names in a checkpoint."""
-SCHEMA = 1
+SCHEMA = 2
+"""Written; schema 1, which had no `budget_mode`, is read too."""
 CAPACITY = 1 << 16
 """Bytes reserved: a fixed size, so that the tensor's shape does not depend on what it says."""
 
@@ -34,6 +35,7 @@ class Metadata:
         choices: axis -> descending choices (families only).
         budgets: largest first (families only).
         selections: one per budget when decided, else empty.
+        budget_mode: `joint` or `sampled` (families only): decides how many samples Megatron counts for a base sample.
         stage: curriculum stage that wrote the checkpoint, from 1 (families only).
         iteration: optimizer steps made over all stages.
         budget: name of the extracted budget (extracted only).
@@ -46,13 +48,20 @@ class Metadata:
     choices: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     budgets: tuple[Budget, ...] = ()
     selections: tuple[Selection, ...] = ()
+    budget_mode: str = "joint"
     stage: int = 0
     iteration: int = 0
     budget: str = ""
 
     @classmethod
     def of_family(
-        cls, family: Family, flags: Mapping[str, Any], *, selections: tuple[Selection, ...] = (), stage: int = 0
+        cls,
+        family: Family,
+        flags: Mapping[str, Any],
+        *,
+        selections: tuple[Selection, ...] = (),
+        stage: int = 0,
+        budget_mode: str = "joint",
     ) -> "Metadata":
         """The description of a family as declared, before any training."""
         return cls(
@@ -64,6 +73,7 @@ class Metadata:
             budgets=family.budgets,
             selections=selections,
             stage=stage,
+            budget_mode=budget_mode,
         )
 
     def to_json(self) -> str:
@@ -84,8 +94,8 @@ class Metadata:
             schema = values.pop("schema")
         except (ValueError, KeyError, AttributeError, TypeError) as error:
             raise CheckpointError(f"{KEY}: not a description of an elastic checkpoint ({error})") from error
-        if schema != SCHEMA:
-            raise CheckpointError(f"{KEY}: schema {schema}, this version reads {SCHEMA}: update megatron_elastic")
+        if schema not in range(1, SCHEMA + 1):
+            raise CheckpointError(f"{KEY}: schema {schema}, this version reads up to {SCHEMA}: update megatron_elastic")
         try:
             values["shape"] = ModelShape.from_dict(values["shape"])
             values["choices"] = {axis: tuple(sizes) for axis, sizes in values["choices"].items()}
@@ -123,7 +133,7 @@ class Metadata:
     def same_family(self, other: "Metadata") -> list[str]:
         """What makes a checkpoint another family than this one (empty when it is the same)."""
         found = []
-        for name in ("kind", "shape", "ffn_blocks", "choices", "budgets"):
+        for name in ("kind", "shape", "ffn_blocks", "choices", "budgets", "budget_mode"):
             mine, theirs = getattr(self, name), getattr(other, name)
             if mine != theirs:
                 found.append(f"{name}: the recipe has {mine}, the checkpoint {theirs}")

@@ -1,7 +1,7 @@
 """What a run says besides Megatron's own log: the router over steps, its decision, the accounting in base samples."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,17 +13,26 @@ from megatron_elastic.cost_model import forward_flops_per_token, parameters
 from megatron_elastic.metadata import Metadata
 
 
-def joint_flops_per_token(recipe: Recipe, metadata: Metadata, sequence_length: int) -> int:
-    """Floating point operations of one joint step for one base token: teacher forward, every student forward and back.
+def joint_flops_per_token(
+    recipe: Recipe, metadata: Metadata, sequence_length: int, weights: Sequence[float] = ()
+) -> float:
+    """Floating point operations of one step for one base token: teacher forward, students forward and back.
 
-    While the router learns every student runs at full width. The teacher's LM head counts once a budget.
+    While the router learns every student runs at full width. The teacher's LM head counts once a student.
+
+    Args:
+        recipe: with its budget mode.
+        metadata: with the selections, once they are decided.
+        sequence_length: tokens.
+        weights: of the budgets, where one is drawn: the mean over the draws.
     """
     shape, budgets = recipe.family.shape, len(recipe.family.budgets)
     full = forward_flops_per_token(shape, shape.full, sequence_length)
     kept = metadata.selections or (recipe.family.full,) * budgets
-    students = sum(forward_flops_per_token(shape, s.as_dict(), sequence_length) for s in kept)
-    heads = (budgets - 1) * 2 * shape.vocab * shape.hidden
-    return full + heads + 3 * students
+    students = [forward_flops_per_token(shape, s.as_dict(), sequence_length) for s in kept]
+    if recipe.budget_mode == "sampled":
+        return full + 3 * sum(share * flops for share, flops in zip(weights, students, strict=True))
+    return full + (budgets - 1) * 2 * shape.vocab * shape.hidden + 3 * sum(students)
 
 
 class StepLog:
@@ -53,7 +62,7 @@ class StepLog:
         if self._since is not None and iteration > self._since[0]:
             tokens = (iteration - self._since[0]) * stage.global_batch_size * stage.sequence_length
             rate = tokens / (now - self._since[1])
-            flops = joint_flops_per_token(self.recipe, state.metadata, stage.sequence_length)
+            flops = joint_flops_per_token(self.recipe, state.metadata, stage.sequence_length, stage.weights)
             text += f" | base tokens/s {rate:.0f} | joint GFLOP/s {rate * flops / 1e9:.1f}"
         self._since = iteration, now
         self._say(text)

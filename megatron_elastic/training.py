@@ -184,7 +184,14 @@ def train_stage(recipe: Recipe, number: int) -> None:
         router.to(torch.cuda.current_device())
     trainer = None if router is None else RouterTrainer(router, stage.weights)
     state = FamilyState(
-        Metadata.of_family(recipe.family, recipe.megatron, selections=recipe.selections, stage=number), trainer
+        Metadata.of_family(
+            recipe.family,
+            recipe.megatron,
+            selections=recipe.selections,
+            stage=number,
+            budget_mode=recipe.budget_mode,
+        ),
+        trainer,
     )
     step = JointStep(recipe, state, stage.weights, StepLog(recipe, number, args.log_interval))
     config = hybrid_config_from_args(args, model_config_cls=ElasticModelConfig)

@@ -91,7 +91,8 @@ def family_position(recipe: Recipe) -> int:
     """
 
     def check(path: Path) -> None:
-        different = Metadata.of_family(recipe.family, recipe.megatron).same_family(read_family(path))
+        declared = Metadata.of_family(recipe.family, recipe.megatron, budget_mode=recipe.budget_mode)
+        different = declared.same_family(read_family(path))
         if different:
             raise CheckpointError(
                 f"{path}: another family is saved there: {'; '.join(different)}; choose another `save`"

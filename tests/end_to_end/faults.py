@@ -333,3 +333,18 @@ def stand_still(rank: int, words: Sequence[str]) -> None:
                 parameter.grad.zero_()
 
     register_optimizer_step_pre_hook(without)
+
+
+def other_router(rank: int, words: Sequence[str], *, victim: int) -> None:
+    """One rank's router is slightly another one after its first step, as after an error of its device."""
+    from megatron_elastic.router import RouterTrainer
+
+    commit = RouterTrainer.commit
+
+    def wrong(self: Any) -> bool:
+        done = commit(self)
+        if done and rank == victim:
+            next(self.router.parameters()).data[0, 0] += 1e-6
+        return done
+
+    RouterTrainer.commit = wrong  # type: ignore[method-assign]

@@ -48,18 +48,25 @@ WITHOUT_WANDB = {flag: None for flag in MEGATRON if flag.startswith("wandb")}
 """For `write_recipe`: wandb starts a service of its own, which outlives a killed rank."""
 
 
-def prepare(folder: Path, megatron: dict[str, Any] | None = None, **elastic: Any) -> None:
+def prepare(
+    folder: Path, megatron: dict[str, Any] | None = None, *, text: Path = ROOT / "megatron_elastic", **elastic: Any
+) -> None:
     """Text, a random parent and the recipe."""
-    build_corpus(folder / "corpus", text=ROOT / "megatron_elastic", vocab_size=VOCABULARY, validation_fraction=0.2)
-    generator = torch.Generator().manual_seed(1)
+    build_corpus(folder / "corpus", text=text, vocab_size=VOCABULARY, validation_fraction=0.2)
+    write_parent(folder / "sorted", seed=1)
+    write_recipe(folder, megatron, **elastic)
+
+
+def write_parent(folder: Path, seed: int) -> None:
+    """A parent with random weights."""
+    generator = torch.Generator().manual_seed(seed)
     weights = {}
     layout = Layout(SHAPE, 4)
     for name, dimensions in layout.parameters().items():
         size = [dimension.size for dimension in dimensions]
         positive = any(part in name for part in ("norm", "A_log", "dt_bias", "mixer.D"))
         weights[name] = torch.ones(size) if positive else torch.randn(size, generator=generator) * 0.05
-    small_parent.write(folder / "sorted", weights, layout=layout)
-    write_recipe(folder, megatron, **elastic)
+    small_parent.write(folder, weights, layout=layout)
 
 
 def write_recipe(folder: Path, megatron: dict[str, Any] | None = None, **elastic: Any) -> None:

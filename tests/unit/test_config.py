@@ -52,6 +52,29 @@ def test_the_quickstarts_recipe_is_right() -> None:
     assert recipe.pretrain.stage.iterations == recipe.pretrain.iterations
 
 
+def test_a_drawn_budget_makes_two_roles_and_the_parent_is_the_teacher_by_default() -> None:
+    recipe = parse_recipe(changed(elastic__budget_mode="sampled"), world_size=2)
+    assert (recipe.roles, recipe.evaluation_roles) == (2, 4)
+    assert recipe.teacher == recipe.parent
+    assert parse_recipe(changed(elastic__teacher="elsewhere"), world_size=2).teacher == "elsewhere"
+
+
+def test_virtual_stages_want_whole_groups_of_microbatches() -> None:
+    layout = {
+        "megatron__tensor-model-parallel-size": 1,
+        "megatron__pipeline-model-parallel-size": 2,
+        "megatron__hybrid-layer-pattern": "M-|M*|-M|-M*-",
+        "elastic__budgets": GOOD["elastic"]["budgets"][:2],
+        "elastic__stages": [{**GOOD["elastic"]["stages"][0], "weights": [0.5, 0.5], "global_batch_size": 8}],
+    }
+    found = faults(changed(**layout))
+    for fault, when in zip(found, ("training", "evaluation"), strict=True):
+        assert f"elastic.stages[0].global_batch_size: 8 makes 3 microbatches a step in {when} (3 for each of 1" in fault
+        assert "multiple of pipeline-model-parallel-size 2" in fault
+    layout["elastic__stages"][0]["micro_batch_size"] = 4
+    parse_recipe(changed(**layout), world_size=2)
+
+
 def test_every_budget_is_reached_by_several_selections() -> None:
     from megatron_elastic.cost_model import parameters, selections
 
@@ -75,6 +98,8 @@ def test_every_budget_is_reached_by_several_selections() -> None:
         ({"elastic__axes__depth": [8]}, "elastic.axes.depth: unknown axis"),
         ({"pretrain__colour": 1}, "pretrain.colour: unknown key"),
         ({"elastic__parent": GONE}, "elastic.parent: required"),
+        ({"elastic__teacher": 3}, "elastic.teacher: 3 must be a path"),
+        ({"elastic__budget_mode": "both"}, "elastic.budget_mode: 'both' must be one of ['joint', 'sampled']"),
         ({"elastic__stages__0__iterations": GONE}, "elastic.stages[0].iterations: required"),
         ({"pretrain__save": GONE}, "pretrain.save: required"),
         # Choices.

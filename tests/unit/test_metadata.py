@@ -54,6 +54,14 @@ def test_a_newer_schema_is_refused() -> None:
         Metadata.from_json(with_schema(SCHEMA + 1))
 
 
+def test_the_schema_before_is_read() -> None:
+    old = json.loads(DECIDED.to_json())
+    del old["budget_mode"]
+    assert Metadata.from_json(json.dumps({**old, "schema": 1})) == DECIDED
+    drawn = dataclasses.replace(DECIDED, budget_mode="sampled")
+    assert [fault.split(":")[0] for fault in drawn.same_family(DECIDED)] == ["budget_mode"]
+
+
 @pytest.mark.parametrize(
     "text", ["", "{}", "[]", "null", "no json", '"schema"', '{"schema": 1}', '{"schema": 1, "shape": {"size": 3}}']
 )

@@ -52,6 +52,15 @@ def test_a_soft_step_runs_every_student_at_full_width(metrics: Any, recipe: Reci
     assert metrics.joint_flops_per_token(recipe, metadata(recipe), 64) == full + 2 * head + 3 * 3 * full
 
 
+def test_a_sampled_step_runs_the_teacher_and_a_budget(metrics: Any, recipe: Recipe) -> None:
+    shape, small = recipe.family.shape, smallest(recipe)
+    drawn, kept = dataclasses.replace(recipe, budget_mode="sampled"), (recipe.family.full, small, small)
+    full, narrow = (forward_flops_per_token(shape, s.as_dict(), 64) for s in (recipe.family.full, small))
+    found = metrics.joint_flops_per_token(drawn, metadata(recipe, *kept), 64, (0.4, 0.3, 0.3))
+    assert found == pytest.approx(full + 3 * (0.4 * full + 0.6 * narrow))
+    assert found < metrics.joint_flops_per_token(recipe, metadata(recipe, *kept), 64)
+
+
 def test_a_sliced_step_is_cheaper(metrics: Any, recipe: Recipe) -> None:
     shape, small = recipe.family.shape, smallest(recipe)
     soft = metrics.joint_flops_per_token(recipe, metadata(recipe), 64)

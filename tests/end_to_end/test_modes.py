@@ -1,0 +1,113 @@
+"""Ways to train through `train` itself: drawn budgets, another teacher, documents kept apart, ranks that disagree."""
+
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.end_to_end import small_run
+from tests.rank_server import RankServer, Run, hook
+
+ITERATIONS = 3
+STAGE = {"iterations": ITERATIONS, "micro_batch_size": 1, "global_batch_size": 4, "weights": [0.6, 0.4]}
+ELASTIC: dict[str, Any] = {
+    "stages": [{**STAGE, "sequence_length": 32}], "router": {"iterations": ITERATIONS, "warmup": 1, "tolerance": 0.06},
+}  # fmt: skip
+ONE_STAGE = {"hybrid-layer-pattern": "M-*-", "pipeline-model-parallel-size": 1}
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[RankServer]:
+    with RankServer() as started:
+        yield started
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Parent and text, in documents of a few words each; and another parent of the same shape."""
+    folder = tmp_path_factory.mktemp("modes") / "base"
+    (folder / "text").mkdir(parents=True)
+    words = (small_run.ROOT / "README.md").read_text().split()
+    for number in range(0, len(words) - 8, 8):
+        (folder / "text" / f"{number:05d}.txt").write_text(" ".join(words[number : number + 8]))
+    small_run.prepare(folder, text=folder / "text")
+    small_run.write_parent(folder / "other", seed=2)
+    return folder
+
+
+def train(
+    server: RankServer, base: Path, out: Path, *, ranks: int = 2, status: int = 0, hooks: Any = (),
+    megatron: dict[str, Any] | None = None, **elastic: Any,
+) -> Run:  # fmt: skip
+    """A run in a copy of the folder, or on in it where it is there already."""
+    if not out.exists():
+        shutil.copytree(base, out)
+    flags = {**small_run.WITHOUT_WANDB, **(megatron or {})}
+    small_run.write_recipe(out, flags, **{**ELASTIC, **elastic})
+    run = server.train(out, ranks=ranks, hooks=hooks)
+    assert run.status == status, run.text()[-3000:]
+    return run
+
+
+def losses(run: Run) -> dict[int, str]:
+    """Iteration -> the losses as they were printed."""
+    return {int(n): text for n, text in re.findall(r"elastic \| losses of iteration (\d+) \| (.*)", run.text())}
+
+
+def values(run: Run) -> list[float]:
+    """All losses, in order."""
+    return [float(part.split(": ")[1]) for _, line in sorted(losses(run).items()) for part in line.split(" | ")]
+
+
+def test_drawn_budgets_resume_bit_for_bit_and_are_all_judged(server: RankServer, base: Path, tmp_path: Path) -> None:
+    straight = train(server, base, tmp_path / "straight", megatron=ONE_STAGE, budget_mode="sampled")
+    assert "kd of drawn budgets" in straight.text()
+    judged = re.findall(r"validation loss at iteration 2 .*", straight.text())
+    assert judged
+    assert all("kd whole" in line and "kd half" in line and "nan" not in line for line in judged)
+    shutil.copytree(tmp_path / "straight", tmp_path / "resumed")
+    family = tmp_path / "resumed" / "family"
+    shutil.rmtree(family / f"iter_{ITERATIONS:07d}")
+    (family / "latest_checkpointed_iteration.txt").write_text(str(ITERATIONS - 1))
+    resumed = train(server, base, tmp_path / "resumed", megatron=ONE_STAGE, budget_mode="sampled")
+    assert sorted(losses(resumed)) == [ITERATIONS]
+    assert losses(resumed)[ITERATIONS] == losses(straight)[ITERATIONS]
+    assert small_run.different(small_run.state(tmp_path / "resumed"), small_run.state(tmp_path / "straight")) == []
+    # Megatron counts the samples of both modes differently: one does not go on with the other's family.
+    refused = train(server, base, tmp_path / "resumed", megatron=ONE_STAGE, status=1)
+    assert "budget_mode: the recipe has joint, the checkpoint sampled" in refused.text()
+
+
+def test_another_teacher_is_followed_and_never_saved(server: RankServer, base: Path, tmp_path: Path) -> None:
+    own = train(server, base, tmp_path / "own")
+    other = train(server, base, tmp_path / "other", teacher="other")
+    # The full budget is the parent: its distance from its own weights is nothing, from another model it is not.
+    assert values(own)[0] < 1e-5 < 1e-2 < values(other)[0]
+    saved, with_other = small_run.state(tmp_path / "own"), small_run.state(tmp_path / "other")
+    assert {name: tensor.shape for name, tensor in saved.items()} == {n: t.shape for n, t in with_other.items()}
+    missing = train(server, base, tmp_path / "missing", teacher="nowhere", status=1)
+    assert "checkpoint nowhere does not exist" in missing.text()
+
+
+def test_documents_are_kept_apart_on_every_layout(server: RankServer, base: Path, tmp_path: Path) -> None:
+    apart = {"dataloader-inter-document-masking": True}
+    one = train(server, base, tmp_path / "one", ranks=1, megatron={**ONE_STAGE, **apart}, teacher="other")
+    four = train(
+        server, base, tmp_path / "four", ranks=4, megatron={**apart, "context-parallel-size": 2}, teacher="other"
+    )  # PP2 x CP2
+    together = train(server, base, tmp_path / "together", ranks=1, megatron=ONE_STAGE, teacher="other")
+    # fp32: a KL is a difference of log-probabilities of some 6 nats, each known to 4e-7; Adam's steps add some.
+    assert values(four) == pytest.approx(values(one), abs=5e-6)
+    assert max(abs(a - b) for a, b in zip(values(one), values(together), strict=True)) > 1e-4
+
+
+def test_a_router_that_differs_on_one_rank_stops_the_run(server: RankServer, base: Path, tmp_path: Path) -> None:
+    wrong = hook("tests.end_to_end.faults:other_router", victim=1)
+    router = {**ELASTIC["router"], "check_interval": 1}
+    run = train(server, base, tmp_path / "wrong", hooks=[wrong], router=router, status=1)
+    assert "the router differs between ranks: [1] of 2 ranks hold another one than the rest" in run.text()
+    assert sorted(losses(run)) == [1]
+    train(server, base, tmp_path / "right", router=router)
