@@ -3,9 +3,8 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from math import lcm
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import yaml
 
@@ -17,6 +16,7 @@ from megatron_elastic.errors import RecipeError
 from megatron_elastic.family import Family
 from megatron_elastic.flags import flag_faults, model_shape
 from megatron_elastic.layout import ModelShape
+from megatron_elastic.parallel import Ranks, interleaving_faults, length_fault, ranks_of
 from megatron_elastic.router import RouterConfig
 
 __all__ = [
@@ -113,21 +113,6 @@ BUDGET_MODES = ("joint", "sampled")
 REQUIRED_KEYS = ("parent", "save", "train_data", "validation_data", "axes", "budgets", "stages")
 
 
-class Ranks(NamedTuple):
-    """How one copy of the model is split.
-
-    Attributes:
-        tp, cp: tensor- and context-parallel size.
-        copy: ranks of one copy.
-        tokens: a sequence's length must be a multiple of this.
-    """
-
-    tp: int
-    cp: int
-    copy: int
-    tokens: int
-
-
 def _axes(
     elastic: Mapping[str, Any], shape: ModelShape, ranks: Ranks, faults: list[str]
 ) -> dict[str, tuple[int, ...]]:
@@ -220,15 +205,6 @@ def _selections(raw: Any, family: Family, faults: list[str]) -> tuple[Selection,
     return tuple(found)
 
 
-def _length_fault(length: int, ranks: Ranks) -> str | None:
-    if length % ranks.tokens == 0:
-        return None
-    return (
-        f"sequence_length: {length} must be a multiple of {ranks.tokens}: context parallelism takes 2 x CP equal "
-        "slices, sequence parallelism TP x CP equal parts"
-    )
-
-
 def _stages(raw: Any, budgets: int, ranks: Ranks, world_size: int | None, faults: list[str]) -> tuple[Stage, ...]:
     if not isinstance(raw, list) or not raw:
         faults.append(f"elastic.stages: {raw!r} must be a list of stages")
@@ -241,7 +217,7 @@ def _stages(raw: Any, budgets: int, ranks: Ranks, world_size: int | None, faults
         for key in ("iterations", "sequence_length", "global_batch_size", "micro_batch_size"):
             if getattr(stage, key) < 1:
                 faults.append(f"{name}.{key}: {getattr(stage, key)} must be at least 1")
-        if fault := _length_fault(stage.sequence_length, ranks):
+        if fault := length_fault(stage.sequence_length, ranks):
             faults.append(f"{name}.{fault}")
         step = stage.micro_batch_size * max(1, (world_size or ranks.copy) // ranks.copy)
         if step and stage.global_batch_size % step:
@@ -280,11 +256,11 @@ def _pretrain(
         faults.append(
             "pretrain.megatron: changes the model that the section megatron describes (its vocabulary's padding counts)"
         )
-    ranks = _model_parallel(merged, [])
+    ranks = ranks_of(merged, [])
     if shape is not None:
         split = shape.context_parallel_faults([shape.mamba_heads], ranks.tp, ranks.cp)
         faults.extend(f"pretrain.megatron: {fault}" for fault in split)
-    if fault := _length_fault(run.sequence_length, ranks):
+    if fault := length_fault(run.sequence_length, ranks):
         faults.append(f"pretrain.{fault}")
     step = run.micro_batch_size * max(1, (world_size or ranks.copy) // ranks.copy)
     if step and run.global_batch_size % step:
@@ -293,53 +269,6 @@ def _pretrain(
             f"data-parallel size = {step}"
         )
     return run
-
-
-def _model_parallel(megatron: Mapping[str, Any], faults: list[str]) -> Ranks:
-    """How the flags split one copy of the model."""
-    sizes = []
-    for name in ("tensor-model-parallel-size", "pipeline-model-parallel-size", "context-parallel-size"):
-        size = megatron.get(name, 1)
-        if not isinstance(size, int) or isinstance(size, bool) or size < 1:
-            if not name.startswith("tensor"):  # that one is part of the shape, and judged with it
-                faults.append(f"megatron.{name}: {size!r} must be a whole number, at least 1")
-            size = 1
-        sizes.append(size)
-    tp, pp, cp = sizes
-    slices = 2 * cp if cp > 1 else 1
-    parts = tp * cp if megatron.get("sequence-parallel") else 1
-    return Ranks(tp=tp, cp=cp, copy=tp * pp * cp, tokens=lcm(slices, parts))
-
-
-def _interleaving(
-    megatron: Mapping[str, Any],
-    stages: Sequence[Stage],
-    roles: Mapping[str, int],
-    data_parallel: int,
-    faults: list[str],
-) -> None:
-    """Megatron's interleaved schedule runs groups of as many microbatches as there are pipeline stages.
-
-    Args:
-        megatron: the recipe's flags; the separators in the layer pattern make the virtual stages.
-        stages: of the curriculum.
-        roles: microbatches of a base microbatch, in training and in evaluation.
-        data_parallel: data-parallel size.
-        faults: what is wrong is added here.
-    """
-    size = megatron.get("pipeline-model-parallel-size", 1)
-    segments = str(megatron.get("hybrid-layer-pattern", "")).count("|") + 1
-    if not isinstance(size, int) or size < 2 or segments <= size:
-        return
-    for number, stage in enumerate(stages):
-        base = stage.global_batch_size // max(1, stage.micro_batch_size * data_parallel)
-        for when, count in roles.items():
-            if base * count % size:
-                faults.append(
-                    f"elastic.stages[{number}].global_batch_size: {stage.global_batch_size} makes {base * count} "
-                    f"microbatches a step in {when} ({count} for each of {base} base microbatches); with virtual "
-                    f"pipeline stages they must be a multiple of pipeline-model-parallel-size {size}"
-                )
 
 
 def _single(elastic: Mapping[str, Any], faults: list[str]) -> dict[str, Any]:
@@ -409,7 +338,7 @@ def parse_recipe(raw: Any, *, world_size: int | None = None, source: str = "reci
     faults.extend(f"elastic.{key}: required" for key in REQUIRED_KEYS if key not in elastic)
     faults.extend(flag_faults(megatron))
     shape = model_shape(megatron, faults)
-    ranks = _model_parallel(megatron, faults)
+    ranks = ranks_of(megatron, faults)
     if world_size is not None and world_size % ranks.copy:
         faults.append(f"megatron: TP x PP x CP = {ranks.copy} does not divide the {world_size} rank(s) of this run")
     budgets = _budgets(elastic, faults)
@@ -417,7 +346,7 @@ def parse_recipe(raw: Any, *, world_size: int | None = None, source: str = "reci
     stages = _stages(elastic.get("stages"), len(budgets), ranks, world_size, faults)
     judged = len(budgets) + 1
     roles = {"training": 2 if elastic.get("budget_mode") == "sampled" else judged, "evaluation": judged}
-    _interleaving(megatron, stages, roles, max(1, (world_size or ranks.copy) // ranks.copy), faults)
+    interleaving_faults(megatron, stages, roles, max(1, (world_size or ranks.copy) // ranks.copy), faults)
     router = _router(elastic, stages if len(faults) == before else None, faults)
     family = _family(elastic, shape, ranks, budgets, faults)
     selections: tuple[Selection, ...] = ()

@@ -219,7 +219,7 @@ def _run_ranks(words: Sequence[object], *, ranks: int, what: str, request: dict[
     print("rank-server:", *running, flush=True)
     failed: dict[int, int] = {}
     limit = 0.0
-    with launch._terminated_as_interrupt():
+    with launch.terminated_as_interrupt():
         try:
             while running:
                 pid, status = os.waitpid(-1, os.WNOHANG)

@@ -9,14 +9,12 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
-from types import FrameType
-from typing import Any
 
 from megatron_elastic.cli import contact
 from megatron_elastic.errors import ElasticError
+from megatron_elastic.signals import terminated_as_interrupt
 
 PACKAGE_PARENT = Path(__file__).resolve().parents[2]
 TAIL = 25
@@ -116,24 +114,6 @@ def environment() -> dict[str, str]:
     return found
 
 
-@contextmanager
-def _terminated_as_interrupt() -> Iterator[None]:
-    """SIGTERM and SIGHUP end this process as Ctrl-C does: with its children."""
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    old: dict[int, Any] = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGHUP)}
-    try:
-        yield
-    finally:
-        for number, handler in old.items():
-            signal.signal(number, handler)
-
-
 def _stop(processes: Sequence[subprocess.Popen[str]]) -> None:
     for process in processes:
         if process.poll() is None:
@@ -213,7 +193,7 @@ def run_children(commands: Sequence[Sequence[str]], *, what: str, log: Path) -> 
                 if shown:
                     print(f"  {shown}", flush=True)
 
-    with _terminated_as_interrupt():
+    with terminated_as_interrupt():
         try:
             for command, path, tail in zip(commands, logs, tails, strict=True):
                 # A session of its own: Ctrl-C reaches this process alone, which then ends the child in order.

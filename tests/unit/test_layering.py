@@ -14,9 +14,11 @@ ROOT = Path(__file__).resolve().parents[2] / PACKAGE
 LEVELS = {
     "errors": 0,
     "axes": 0,
+    "signals": 0,
     "layout": 1,
     "flags": 1,
     "curriculum": 1,
+    "parallel": 1,
     "budget": 2,
     "cost_model": 2,
     "family": 2,
