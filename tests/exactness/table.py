@@ -40,7 +40,8 @@ makes them too, without schedule, DDP, leaf copies or any code of a parallel lay
   at least 100 times the tolerance, or the row could not fail.
 - Soft: the router learns, with its noise. Sliced: selections are decided, and there is no router to compare. Joint:
   every budget on every batch. Sampled: one budget drawn for each base microbatch.
-- Tolerances: {reasons}.
+- Tolerances, by the word beside each:
+{reasons}
 - A tolerance of 0 asks for the same bits. "DP1" rows run core's schedule and DDP on one process.
 
 Not on a GPU: every row ran on CPU ranks over gloo.
@@ -91,7 +92,7 @@ def markdown(table: Sequence[dict[str, Any]]) -> str:
     from megatron_elastic.cost_model import parameters
     from tests.exactness import sizes
 
-    reasons = "; ".join(f"{key} ({value})" for key, value in REASONS.items())
+    reasons = "\n".join(f"  - *{key}*: {value}" for key, value in REASONS.items())
     text = HEAD.format(
         pattern=sizes.SHAPE.pattern,
         parameters=parameters(sizes.SHAPE, sizes.SHAPE.full),
