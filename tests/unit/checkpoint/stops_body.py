@@ -1,5 +1,6 @@
 """An extraction or a sort that goes slowly and tells where it is; run by test_stops.py in processes of their own."""
 
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -26,6 +27,8 @@ def _telling(pipe: Connection, place: str, function: Callable[..., Any]) -> Call
 
 def extract(source: Path, out: Path, pipe: Connection) -> None:
     """`megatron-elastic extract`, telling through the pipe when it checks, cuts and verifies."""
+    # Where the tests run in the background the shell has turned Ctrl-C off, and a child inherits that.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     integrity._check_digests = _telling(pipe, "checking", integrity._check_digests)
     extraction.read_entries = _telling(pipe, "writing", extraction.read_entries)
     writing.read_tensor = _telling(pipe, "verifying", writing.read_tensor)  # type: ignore[attr-defined]

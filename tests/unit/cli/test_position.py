@@ -26,7 +26,8 @@ def recipe(parent: Path, *, ffn: int = small_parent.SHAPE.ffn, blocks: int = sma
         choices={axis: (size,) for axis, size in shape.full.items()},
         budgets=(Budget("p100", 1.0),),
     )
-    return dataclasses.replace(load_recipe(ROOT / "recipes" / "quickstart.yaml"), parent=str(parent), family=family)
+    given = load_recipe(ROOT / "recipes" / "quickstart.yaml")
+    return dataclasses.replace(given, parent=str(parent), teacher=str(parent), family=family)
 
 
 def metadata() -> Metadata:
@@ -50,6 +51,18 @@ def test_another_block_order_is_refused(tmp_path: Path) -> None:
     small_parent.write(tmp_path / "sorted", small_parent.weights(), metadata=metadata())
     with pytest.raises(CheckpointError, match="sorted into 4 ffn blocks, the recipe has 8"):
         position.check_parent(recipe(tmp_path / "sorted", blocks=8))
+
+
+def test_another_teacher_has_the_parents_shapes_in_any_order(tmp_path: Path) -> None:
+    for name in ("parent", "teacher"):
+        small_parent.write(tmp_path / name, small_parent.weights(), metadata=metadata())
+    wanted = dataclasses.replace(recipe(tmp_path / "parent"), teacher=str(tmp_path / "teacher"))
+    position.check_parent(wanted)
+    weights = small_parent.weights()
+    weights["decoder.final_norm.weight"] = weights["decoder.final_norm.weight"][:-1]
+    small_parent.write(tmp_path / "narrow", weights)
+    with pytest.raises(CheckpointError, match=r"not the teacher that the recipe describes: decoder.final_norm.weight"):
+        position.check_parent(dataclasses.replace(wanted, teacher=str(tmp_path / "narrow")))
 
 
 def test_no_parent_is_refused(tmp_path: Path) -> None:
