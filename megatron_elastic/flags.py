@@ -74,7 +74,6 @@ REFUSALS: tuple[Refusal, ...] = (
     Refusal("fp16", _given, "loss scaling would scale the router's gradients: use bf16"),
     Refusal("defer-embedding-wgrad-compute", _given, "the LM head's gradient is made inside the KD loss"),
     Refusal("delay-wgrad-compute", _given, "sliced gradients are added in the backward of the slice"),
-    Refusal("overlap-p2p-communication-warmup-flush", _given, "not carried by the roles' microbatch order"),
     Refusal("fp32-residual-connection", _given, "the elastic stack keeps the residual in the parameters' type"),
     Refusal("reset-attention-mask", _given, "no attention mask is built: use dataloader-inter-document-masking"),
     Refusal("reset-position-ids", _given, "positions follow the documents: use dataloader-inter-document-masking"),

@@ -48,6 +48,8 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "PP2 VPP2": (2, flags(pp=2, vp=2)),
     "CP2": (2, flags(cp=2)),
     "DP2, both overlaps": (2, {**flags(), **OVERLAPS}),
+    # Core then aligns the reductions and gathers of the stages, which it does on the interleaved schedule alone.
+    "PP2 VPP2 DP2, both overlaps": (4, {**flags(pp=2, vp=2), **OVERLAPS}),
 }
 
 

@@ -44,6 +44,7 @@ class Layout:
 
 
 SP = {"sequence_parallel": True}
+P2P = {"overlap_p2p_comm": True, "overlap_p2p_comm_warmup_flush": True}
 LAYOUTS: dict[str, Layout] = {
     "DP1, gradients accumulated": Layout(1),
     "DP1, one microbatch a step": Layout(1, micro=4),
@@ -57,6 +58,7 @@ LAYOUTS: dict[str, Layout] = {
     "PP2": Layout(2, pp=2),
     "PP2, full recompute": Layout(2, pp=2, config=FULL),
     "PP2 VPP2": Layout(2, pp=2, vp=2),
+    "PP2 VPP2, overlapped P2P": Layout(2, pp=2, vp=2, config=P2P),
     "CP2": Layout(2, cp=2),
     "DP2": Layout(2),
     "DP2, one microbatch a step": Layout(2, micro=2),

@@ -17,7 +17,7 @@ from tests.exactness.layouts import LAYOUTS, MODES, REASONS
 ROOT = Path(__file__).resolve().parents[2]
 KEYS = ("layout", "mode", "quantity", "worst_error", "tolerance", "fault_error", "ok")
 LAYOUT_FLAGS = (
-    *("use-megatron-fsdp", "use-torch-fsdp2", "tp-comm-overlap", "overlap-p2p-communication-warmup-flush"),
+    *("use-megatron-fsdp", "use-torch-fsdp2", "tp-comm-overlap"),
     *("defer-embedding-wgrad-compute", "delay-wgrad-compute", "cuda-graph-impl", "dataloader-type"),
     *("rampup-batch-size", "full-validation", "fp16", "cp-comm-type", "hierarchical-context-parallel-sizes"),
     *("hybrid-context-parallel", "num-experts"),

@@ -28,7 +28,6 @@ REFUSED_AND_ALLOWED: dict[str, tuple[Any, Any]] = {
     "fp16": (True, False),
     "defer-embedding-wgrad-compute": (True, None),
     "delay-wgrad-compute": (True, None),
-    "overlap-p2p-communication-warmup-flush": (True, None),
     "fp32-residual-connection": (True, None),
     "reset-attention-mask": (True, None),
     "reset-position-ids": (True, False),
