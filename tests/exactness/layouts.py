@@ -78,8 +78,11 @@ LAYOUTS: dict[str, Layout] = {
 }
 
 MODES = ("joint soft", "joint sliced", "sampled soft", "sampled sliced")
-OF_WEIGHTS = ("losses", "weight gradients", "losses after 5 steps", "weights after 5 steps")
-OF_THE_ROUTER = ("router gradients", "penalty", "selections", "router after 5 steps", "selections after 5 steps")
+GRADIENTS = "router gradients"
+QUANTITIES = (
+    *("losses", "weight gradients", "losses after 5 steps", "weights after 5 steps", GRADIENTS, "penalty"),
+    *("selections", "router after 5 steps", "selections after 5 steps"),
+)
 
 REASONS = {
     "same order": "the same sums in the same order",
@@ -95,8 +98,8 @@ REASONS = {
 
 
 def quantities(mode: str) -> tuple[str, ...]:
-    """What exists in a mode: once the router has decided there is none any more."""
-    return OF_WEIGHTS if mode.endswith("sliced") else (*OF_WEIGHTS, *OF_THE_ROUTER)
+    """What exists in a mode: all, but no gradient of a router that has decided and is frozen."""
+    return QUANTITIES if mode.endswith("soft") else tuple(q for q in QUANTITIES if q != GRADIENTS)
 
 
 def tolerance(layout: Layout, quantity: str) -> tuple[float, str]:

@@ -59,7 +59,7 @@ def run(mode: str, layout: Layout, *, faulty: bool = False) -> dict[str, Any]:
     last = dist.get_rank() == dist.get_world_size() - 1
     router = small.new_router(seed=100 if faulty and last else sizes.ROUTER.seed)
     soft = mode.endswith("soft")
-    trainer = RouterTrainer(router, sizes.WEIGHTS) if soft else None
+    trainer = RouterTrainer(router, sizes.WEIGHTS)
     if faulty:
         make_faulty(chunks)
     description = Metadata(
@@ -104,6 +104,7 @@ def run(mode: str, layout: Layout, *, faulty: bool = False) -> dict[str, Any]:
 def steps(mode: str, layout: Layout, step: JointStep, wrapped: list[Any], optimizer: Any) -> dict[str, Any]:
     """All optimizer steps."""
     trainer, found = step.state.trainer, dict[str, Any]()
+    assert trainer is not None
     for number in range(sizes.FIRST, sizes.FIRST + sizes.STEPS):
         global_vars._GLOBAL_ARGS = Namespace(
             curr_iteration=number,
@@ -130,7 +131,7 @@ def steps(mode: str, layout: Layout, step: JointStep, wrapped: list[Any], optimi
         if number == sizes.FIRST:
             found["weight gradients"] = whole(wrapped, gradients(wrapped, layout))
         # What the router's step will see, before it is made.
-        if number == sizes.FIRST and trainer is not None:
+        if number == sizes.FIRST:
             router = trainer.router
             made = [
                 {axis: router.probabilities(b, axis, number) for axis in AXES} for b in range(len(sizes.WEIGHTS))
@@ -138,16 +139,15 @@ def steps(mode: str, layout: Layout, step: JointStep, wrapped: list[Any], optimi
             found["penalty"] = torch.stack([router.penalty(b, p) for b, p in enumerate(made)]).detach()
             found["selections"] = small.chosen(router, number)
         optimizer.step()
-        if number == sizes.FIRST and trainer is not None:
+        if number == sizes.FIRST and mode.endswith("soft"):
             found["router gradients"] = router_gradients(trainer)
     for one in wrapped:
         if one.ddp_config.overlap_param_gather:
             one.start_param_sync(force_sync=True)
     values = [{name: p.detach() for name, p in one.module.named_parameters()} for one in wrapped]
     found["weights after 5 steps"] = whole(wrapped, values)
-    if trainer is not None:
-        found["router after 5 steps"] = {n: p.detach().clone() for n, p in trainer.router.named_parameters()}
-        found["selections after 5 steps"] = small.chosen(trainer.router, sizes.FIRST + sizes.STEPS)
+    found["router after 5 steps"] = {n: p.detach().clone() for n, p in trainer.router.named_parameters()}
+    found["selections after 5 steps"] = small.chosen(trainer.router, sizes.FIRST + sizes.STEPS)
     return found
 
 

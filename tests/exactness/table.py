@@ -38,8 +38,9 @@ makes them too, without schedule, DDP, leaf copies or any code of a parallel lay
   full size.
 - Fault: the error of the same run when its last rank holds weights that are 20 % off and another router. It must be
   at least 100 times the tolerance, or the row could not fail.
-- Soft: the router learns, with its noise. Sliced: selections are decided, and there is no router to compare. Joint:
-  every budget on every batch. Sampled: one budget drawn for each base microbatch.
+- Soft: the router learns, with its noise. Sliced: selections are decided, and the router is frozen: it must not move,
+  and has no gradient to compare. Joint: every budget on every batch. Sampled: one budget drawn for each base
+  microbatch.
 - Tolerances, by the word beside each:
 {reasons}
 - A tolerance of 0 asks for the same bits. "DP1" rows run core's schedule and DDP on one process.
