@@ -116,4 +116,4 @@ def tolerance(layout: Layout, quantity: str) -> tuple[float, str]:
         return 1e-6, "reported"
     if layout.same_order and quantity == "weight gradients":
         return 0.0, "same order"
-    return 1e-10, "fp64"
+    return 1e-11, "fp64"
