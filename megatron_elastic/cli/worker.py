@@ -3,7 +3,7 @@
 import argparse
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,30 +59,36 @@ def stage(arguments: argparse.Namespace) -> int:
     return train(arguments.recipe, arguments.stage)
 
 
-def pretrain(arguments: argparse.Namespace) -> int:
-    """`_pretrain RECIPE`: one rank of the parent's training."""
+def _plain(recipe: Any, flags: Mapping[str, Any], stages: Sequence[Any], number: int, save: str) -> int:
+    """One rank of a stage of ordinary training, on the recipe's data."""
     from megatron_elastic.cli.position import prepare, tracked
-    from megatron_elastic.cli.pretrain import section_of
-    from megatron_elastic.config import load_recipe
 
-    recipe = load_recipe(arguments.recipe, world_size=_world())
-    section = section_of(recipe)
     prepare()
     from megatron_elastic.training import train_plain
 
-    with contact.watched(lambda: tracked(section.save)):
+    with contact.watched(lambda: tracked(save)):
         train_plain(
-            {**recipe.megatron, **section.megatron},
-            (section.stage,),
-            1,
+            flags,
+            stages,
+            number,
             train_data=recipe.train_data,
             validation_data=recipe.validation_data,
-            save=section.save,
+            save=save,
             save_interval=recipe.save_interval,
             evaluation=(recipe.evaluation.interval, recipe.evaluation.iterations),
         )
         _leave_group()
     return 0
+
+
+def pretrain(arguments: argparse.Namespace) -> int:
+    """`_pretrain RECIPE`: one rank of the parent's training."""
+    from megatron_elastic.cli.pretrain import section_of
+    from megatron_elastic.config import load_recipe
+
+    recipe = load_recipe(arguments.recipe, world_size=_world())
+    section = section_of(recipe)
+    return _plain(recipe, {**recipe.megatron, **section.megatron}, (section.stage,), 1, section.save)
 
 
 def scratch_flags(recipe: Any, budget: str) -> dict[str, Any]:
@@ -106,27 +112,10 @@ def scratch_flags(recipe: Any, budget: str) -> dict[str, Any]:
 
 def scratch(arguments: argparse.Namespace) -> int:
     """`_scratch RECIPE --stage K --budget NAME --save DIR`: one rank of a baseline on the text that the family read."""
-    from megatron_elastic.cli.position import prepare, tracked
     from megatron_elastic.config import load_recipe
 
     recipe = load_recipe(arguments.recipe, world_size=_world())
-    flags = scratch_flags(recipe, arguments.budget)
-    prepare()
-    from megatron_elastic.training import train_plain
-
-    with contact.watched(lambda: tracked(arguments.save)):
-        train_plain(
-            flags,
-            recipe.stages,
-            arguments.stage,
-            train_data=recipe.train_data,
-            validation_data=recipe.validation_data,
-            save=arguments.save,
-            save_interval=recipe.save_interval,
-            evaluation=(recipe.evaluation.interval, recipe.evaluation.iterations),
-        )
-        _leave_group()
-    return 0
+    return _plain(recipe, scratch_flags(recipe, arguments.budget), recipe.stages, arguments.stage, arguments.save)
 
 
 def evaluate_all(arguments: argparse.Namespace) -> int:

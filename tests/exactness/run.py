@@ -1,6 +1,8 @@
 """One layout and mode through core's schedule, DDP and optimizer with the product's forward step; and its errors."""
 
 from argparse import Namespace
+from collections import Counter
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -34,6 +36,21 @@ class SilentLog:
         """Nothing."""
 
     write = decided = step
+
+
+def count_runs(chunks: list[Any]) -> Counter[str]:
+    """Counts how often the students' parts run from now on, replays included: `mlp`, `layernorm`."""
+    found: Counter[str] = Counter()
+
+    def count(what: str) -> Callable[..., None]:
+        return lambda *_: found.update([what])
+
+    for chunk in chunks:
+        for layer in chunk.decoder.layers:
+            if hasattr(layer, "pre_mlp_layernorm") and hasattr(layer.mlp, "linear_fc1"):
+                layer.pre_mlp_layernorm.register_forward_hook(count("layernorm"))
+                layer.mlp.register_forward_hook(count("mlp"))
+    return found
 
 
 def make_faulty(chunks: list[Any]) -> None:
@@ -94,11 +111,27 @@ def run(mode: str, layout: Layout, *, faulty: bool = False) -> dict[str, Any]:
         ),
         wrapped,
     )  # fmt: skip
-    hook = register_optimizer_step_post_hook(step._after_step)
+    hook, runs = register_optimizer_step_post_hook(step._after_step), count_runs(chunks)
     try:
-        return steps(mode, layout, step, wrapped, optimizer)
+        found = steps(mode, layout, step, wrapped, optimizer)
     finally:
         hook.remove()
+    check_recompute(runs, mode, layout)
+    return found
+
+
+def check_recompute(runs: Counter[str], mode: str, layout: Layout) -> None:
+    """What a layout recomputes has run twice as often as there are students' microbatches, and nothing else has.
+
+    Equal results alone would not show it: recompute that is not done gives them too.
+    """
+    students = small.roles(mode, layout.micro).count - 1
+    once = students * sizes.SAMPLES * sizes.STEPS // (layout.dp * layout.micro)
+    modules = layout.config.get("recompute_modules", ())
+    whole = layout.config.get("recompute_granularity") == "full"
+    for what, replayed in (("mlp", "mlp" in modules), ("layernorm", "layernorm" in modules)):
+        if runs[what]:  # this rank has the layer
+            assert runs[what] == once * (2 if whole or replayed else 1), (what, runs, once)
 
 
 def steps(mode: str, layout: Layout, step: JointStep, wrapped: list[Any], optimizer: Any) -> dict[str, Any]:
