@@ -1,6 +1,7 @@
-"""A tiny elastic run in a folder: a random parent, text of this repository, PP=2, wandb offline."""
+"""A tiny elastic run in a folder: a random parent, text of drawn words, PP=2, wandb offline."""
 
 import os
+import random
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -49,23 +50,35 @@ WITHOUT_WANDB = {flag: None for flag in MEGATRON if flag.startswith("wandb")}
 
 
 def prepare(
-    folder: Path, megatron: dict[str, Any] | None = None, *, text: Path = ROOT / "megatron_elastic", **elastic: Any
-) -> None:
+    folder: Path, megatron: dict[str, Any] | None = None, *, words_per_document: int = 400, scale: float = 0.05,
+    **elastic: Any,
+) -> None:  # fmt: skip
     """Text, a random parent and the recipe."""
-    build_corpus(folder / "corpus", text=text, vocab_size=VOCABULARY, validation_fraction=0.2)
-    write_parent(folder / "sorted", seed=1)
+    write_text(folder / "text", words_per_document)
+    build_corpus(folder / "corpus", text=folder / "text", vocab_size=VOCABULARY, validation_fraction=0.2)
+    write_parent(folder / "sorted", seed=1, scale=scale)
     write_recipe(folder, megatron, **elastic)
 
 
-def write_parent(folder: Path, seed: int) -> None:
-    """A parent with random weights."""
+def write_text(folder: Path, words_per_document: int) -> None:
+    """Documents of words drawn from a Zipf-like law: the same text for ever, whatever becomes of this repository."""
+    draw = random.Random(0)
+    words = ["".join(draw.choices("etaoinshrdlu", k=draw.randint(1, 8))) for _ in range(500)]
+    weights = [1 / (rank + 1) for rank in range(len(words))]
+    folder.mkdir(parents=True)
+    for document in range(40_000 // words_per_document):
+        (folder / f"{document:05d}.txt").write_text(" ".join(draw.choices(words, weights, k=words_per_document)))
+
+
+def write_parent(folder: Path, seed: int, scale: float = 0.05) -> None:
+    """A parent with random weights, of this standard deviation."""
     generator = torch.Generator().manual_seed(seed)
     weights = {}
     layout = Layout(SHAPE, 4)
     for name, dimensions in layout.parameters().items():
         size = [dimension.size for dimension in dimensions]
         positive = any(part in name for part in ("norm", "A_log", "dt_bias", "mixer.D"))
-        weights[name] = torch.ones(size) if positive else torch.randn(size, generator=generator) * 0.05
+        weights[name] = torch.ones(size) if positive else torch.randn(size, generator=generator) * scale
     small_parent.write(folder, weights, layout=layout)
 
 

@@ -29,12 +29,8 @@ def server() -> Iterator[RankServer]:
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Parent and text, in documents of a few words each; and another parent of the same shape."""
     folder = tmp_path_factory.mktemp("modes") / "base"
-    (folder / "text").mkdir(parents=True)
-    words = (small_run.ROOT / "README.md").read_text().split()
-    for number in range(0, len(words) - 8, 8):
-        (folder / "text" / f"{number:05d}.txt").write_text(" ".join(words[number : number + 8]))
-    small_run.prepare(folder, text=folder / "text")
-    small_run.write_parent(folder / "other", seed=2)
+    small_run.prepare(folder, words_per_document=8, scale=0.1)
+    small_run.write_parent(folder / "other", seed=2, scale=0.1)
     return folder
 
 
