@@ -6,26 +6,48 @@ Masks, slices, sorting, extraction, cost and checkpoint metadata all ask the cla
 index.
 """
 
+from __future__ import annotations
+
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:  # torch is imported where a tensor is made: planning needs none, and its import takes seconds
+    from torch import Tensor
 
-AXES = ("hidden", "ffn", "mamba_heads", "attention_heads")
+AXES = (
+    *("hidden", "ffn", "mamba_heads", "mamba_head_dim", "attention_heads"),
+    *("experts", "expert_ffn", "shared_expert_ffn", "depth"),
+)
 """The elastic axes, in the order in which they are stored and printed."""
+
+AXES_OF_KIND = {
+    "M": ("mamba_heads", "mamba_head_dim"),
+    "*": ("attention_heads",),
+    "-": ("ffn",),
+    "E": ("experts", "expert_ffn", "shared_expert_ffn"),
+}
+"""The axes that a layer of each kind has, besides `hidden` and `depth`."""
+
+PER_LAYER_AXES = ("ffn", "mamba_heads", "attention_heads", "experts", "expert_ffn")
+"""The axes whose choice may differ from layer to layer (heterogeneous)."""
 
 Segments = tuple[tuple[int, int], ...]
 """Half-open ranges `(start, stop)` kept along one tensor dimension, ascending and not touching."""
 
-LAYER_KINDS = {"M": "Mamba-2", "*": "attention", "-": "MLP"}
+LAYER_KINDS = {"M": "Mamba-2", "*": "attention", "-": "MLP", "E": "MoE"}
 """The layer symbols of Megatron's hybrid pattern that have an elastic layer."""
 
 
 def layer_kinds(pattern: str) -> str:
     """The layers of a hybrid pattern, without pipeline separators: `"M-|*-"` -> `"M-*-"`."""
     return pattern.replace("|", "")
+
+
+def index_in_kind(pattern: str, number: int) -> int:
+    """Which layer of its own kind the layer `number` is, from 0: layer 3 of `"M-M-"` is MLP layer 1."""
+    return pattern[:number].count(pattern[number])
 
 
 @dataclass(frozen=True)
@@ -68,6 +90,8 @@ class BlockOrder:
 
         A shard has whole blocks, so every shard has the same mask.
         """
+        import torch
+
         width = self.size // self.blocks
         inside = torch.arange(self.size // world) % width
         kept = torch.tensor([self.per_block(choice) for choice in choices])
@@ -84,6 +108,8 @@ class BlockOrder:
             rank `r` of the importance order goes to block `r mod blocks`, position `r div blocks`, so that a prefix of
             every block is the global top-k; for a pinned axis each block is sorted in place.
         """
+        import torch
+
         width = self.size // self.blocks
         scores = scores.detach().double().cpu()
         if self.pinned:
@@ -94,21 +120,41 @@ class BlockOrder:
 
 @dataclass(frozen=True)
 class Item:
-    """Part of one block: `entries` entries of `axis` (or of nothing elastic), each `width` rows of the tensor."""
+    """Part of one block: `entries` entries of `axis` (or of nothing elastic), each `width` rows of the tensor.
+
+    With `width_axis` the rows of an entry are themselves an axis (the channels of a head), of which every entry keeps
+    the same prefix.
+    """
 
     axis: str | None
     entries: int
     width: int = 1
+    width_axis: str | None = None
 
     @property
     def size(self) -> int:
         """Rows at full size."""
         return self.entries * self.width
 
+    @property
+    def axes(self) -> tuple[str, ...]:
+        """The axes that it lies along."""
+        return tuple(axis for axis in (self.axis, self.width_axis) if axis is not None)
+
+    def runs(self, kept: Mapping[str, int], full: Mapping[str, int]) -> list[tuple[int, int]]:
+        """Kept ranges of rows, counted from the item's first."""
+        entries = self.entries if self.axis is None else kept[self.axis] * self.entries // full[self.axis]
+        width = self.width if self.width_axis is None else kept[self.width_axis]
+        if width == self.width:
+            return [(0, entries * width)]
+        return [(entry * self.width, entry * self.width + width) for entry in range(entries)]
+
 
 @dataclass(frozen=True)
 class Part:
-    """`blocks` equal blocks, each a sequence of items; tensor parallelism gives every rank `blocks / world` of them."""
+    """`blocks` equal blocks, each a sequence of items; tensor (or expert) parallelism gives a rank
+    `blocks / world` of them.
+    """
 
     blocks: int
     items: tuple[Item, ...]
@@ -121,21 +167,25 @@ class Part:
 
 @dataclass(frozen=True)
 class Dimension:
-    """One dimension of a parameter: parts laid one after the other (Mamba's packed `z|x|B|C|dt` has five)."""
+    """One dimension of a parameter: parts laid one after the other (Mamba's packed `z|x|B|C|dt` has five).
+
+    Attributes:
+        parts: in their order.
+        sharded: the ranks it is split over: `tp`, `etp` (expert tensor parallel), `ep`, or `` for none.
+    """
 
     parts: tuple[Part, ...]
-    sharded: bool = False
+    sharded: str = ""
 
     @property
     def size(self) -> int:
         """Rows of the whole dimension (all ranks)."""
         return sum(part.size for part in self.parts)
 
-    @staticmethod
-    def _kept_rows(item: Item, kept: Mapping[str, int], full: Mapping[str, int]) -> int:
-        if item.axis is None:
-            return item.size
-        return kept[item.axis] * item.entries // full[item.axis] * item.width
+    @property
+    def axes(self) -> set[str]:
+        """The axes that it lies along."""
+        return {axis for part in self.parts for item in part.items for axis in item.axes}
 
     def segments(self, kept: Mapping[str, int], full: Mapping[str, int], world: int = 1) -> Segments:
         """Ranges of the rank-local dimension that a selection keeps (the same on every rank).
@@ -143,23 +193,23 @@ class Dimension:
         Args:
             kept: entries kept on each axis.
             full: entries of each axis at full size.
-            world: tensor-parallel size; it divides the blocks of every part when the dimension is sharded.
+            world: ranks that it is split over where it is sharded; they divide the blocks of every part.
         """
         found: list[tuple[int, int]] = []
         start = 0
         for part in self.parts:
             share = world if self.sharded else 1
             items = part.items
-            if all(item.axis is None for item in items):  # nothing elastic: one run of rows, whatever its blocks
+            if not any(item.axes for item in items):  # nothing elastic: one run of rows, whatever its blocks
                 items, repeat = (Item(None, part.size // share),), 1
             else:
                 repeat = part.blocks // share
             for item in items * repeat:
-                rows = self._kept_rows(item, kept, full)
-                if rows and found and found[-1][1] == start:
-                    found[-1] = (found[-1][0], start + rows)
-                elif rows:
-                    found.append((start, start + rows))
+                for first, last in item.runs(kept, full):
+                    if last > first and found and found[-1][1] == start + first:
+                        found[-1] = (found[-1][0], start + last)
+                    elif last > first:
+                        found.append((start + first, start + last))
                 start += item.size
         return tuple(found)
 
@@ -177,17 +227,22 @@ class Dimension:
         Args:
             orders: per axis, `[size]` int64 as made by `BlockOrder.permutation`.
         """
-        if not any(item.axis in orders for part in self.parts for item in part.items):
+        if not self.axes & set(orders):
             return None
+        import torch
+
         rows = torch.arange(self.size)
         start = 0
         for part in self.parts:
             view = rows[start : start + part.size].view(part.blocks, part.size // part.blocks)
             offset = 0
             for item in part.items:
+                entry_rows = view[:, offset : offset + item.size].reshape(-1, item.width)
                 if item.axis is not None and item.axis in orders:
-                    entry_rows = view[:, offset : offset + item.size].reshape(-1, item.width)
-                    view[:, offset : offset + item.size] = entry_rows[orders[item.axis]].view(part.blocks, item.size)
+                    entry_rows = entry_rows[orders[item.axis]]
+                if item.width_axis is not None and item.width_axis in orders:
+                    entry_rows = entry_rows[:, orders[item.width_axis]]
+                view[:, offset : offset + item.size] = entry_rows.reshape(part.blocks, item.size)
                 offset += item.size
             start += part.size
         return rows

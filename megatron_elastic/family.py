@@ -4,34 +4,91 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
-from megatron_elastic.axes import AXES, BlockOrder, Segments
+from megatron_elastic.axes import BlockOrder, Dimension, Segments
 from megatron_elastic.budget import Budget, Selection
 from megatron_elastic.layout import Layout, ModelShape
 
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """What can be narrowed, to what, for which budgets (largest first)."""
+    """What can be narrowed, to what, for which budgets (largest first).
+
+    Attributes:
+        shape: the parent.
+        ffn_blocks, expert_blocks: see `ModelShape.orders`.
+        choices: descending choices of every axis that the parent has; of `depth` the numbers of layers kept.
+        heterogeneous: axes whose choice may differ between layers.
+        depth_ranking: layer numbers, least important first: the choice `k` of `depth` skips the first `layers - k`.
+        budgets: largest first.
+    """
 
     shape: ModelShape
     ffn_blocks: int
+    expert_blocks: int = 1
     choices: Mapping[str, tuple[int, ...]]
+    heterogeneous: tuple[str, ...] = ()
+    depth_ranking: tuple[int, ...] = ()
     budgets: tuple[Budget, ...]
 
     @cached_property
     def layout(self) -> Layout:
         """Dimensions of every parameter of the parent."""
-        return Layout(self.shape, self.ffn_blocks)
+        return Layout(self.shape, self.ffn_blocks, self.expert_blocks)
 
     @property
     def orders(self) -> Mapping[str, BlockOrder]:
-        """Block order of every axis."""
+        """Block order of every axis that has one."""
         return self.layout.orders
+
+    @property
+    def axes(self) -> tuple[str, ...]:
+        """The axes that the parent has."""
+        return self.shape.axes
 
     @property
     def full(self) -> Selection:
         """The selection that keeps everything."""
-        return Selection.from_dict(self.shape.full)
+        return Selection.from_dict({axis: size for axis, size in self.shape.full.items() if axis != "depth"})
+
+    def layers_with(self, axis: str) -> tuple[int, ...]:
+        """Numbers of the layers that have an axis; all of them for `hidden` and `depth`."""
+        return self.shape.layers_with(axis)
+
+    def uses(self, axis: str) -> int:
+        """How many times the choice of an axis is made: once, or for every layer that has it."""
+        return len(self.layers_with(axis)) if axis in self.heterogeneous else 1
+
+    def skipped(self, depth: int) -> tuple[int, ...]:
+        """The layers that a choice of `depth` skips, ascending."""
+        return tuple(sorted(self.depth_ranking[: len(self.shape.pattern) - depth]))
+
+    def select(self, sizes: Mapping[str, int | tuple[int, ...]]) -> Selection:
+        """The selection of a choice on every axis; one for `depth` skips the least important layers."""
+        kept = {axis: size for axis, size in sizes.items() if axis != "depth"}
+        depth = sizes.get("depth", len(self.shape.pattern))
+        assert isinstance(depth, int)
+        return Selection.from_dict({**kept, "skipped": self.skipped(depth)})
+
+
+SegmentsOf = Mapping[str, tuple[Segments | None, ...]]
+"""Parameter name -> kept ranges of each dimension (None: all of it)."""
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """Everything a rank needs to run one layer at its own size.
+
+    Attributes:
+        hidden: kept hidden channels.
+        sizes: axis of the layer -> kept entries on this rank (of `experts` those of this expert-parallel rank).
+        segments: by name without the layer's prefix; rank-local ranges.
+        skipped: the layer does not run.
+    """
+
+    hidden: int
+    sizes: Mapping[str, int]
+    segments: SegmentsOf
+    skipped: bool = False
 
 
 @dataclass(frozen=True)
@@ -40,24 +97,30 @@ class SlicePlan:
 
     Attributes:
         hidden: kept hidden channels.
-        ffn, mamba_heads, attention_heads: kept entries on this tensor-parallel rank.
-        segments: parameter name without its layer prefix -> kept ranges of each dimension (None: all of it).
+        layers: of the whole model, by global layer number.
+        segments: of what belongs to no layer, by stock name.
     """
 
     hidden: int
-    ffn: int
-    mamba_heads: int
-    attention_heads: int
-    segments: Mapping[str, tuple[Segments | None, ...]]
+    layers: tuple[LayerPlan, ...]
+    segments: SegmentsOf
 
 
 class SlicePlans:
-    """The slice plans of one tensor-parallel size, each made once."""
+    """The slice plans of one rank's layout, each made once; layers with the same sizes share theirs.
 
-    def __init__(self, family: Family, tp_size: int) -> None:
+    Args:
+        family: what is narrowed.
+        tp_size: tensor-parallel size.
+        ep_size: expert-parallel size.
+        etp_size: expert tensor-parallel size; None for `tp_size`.
+    """
+
+    def __init__(self, family: Family, tp_size: int, ep_size: int = 1, etp_size: int | None = None) -> None:
         self.family = family
-        self.tp_size = tp_size
+        self.worlds = {"": 1, "tp": tp_size, "ep": ep_size, "etp": tp_size if etp_size is None else etp_size}
         self._made: dict[Selection, SlicePlan] = {}
+        self._layers: dict[tuple[str, tuple[tuple[str, int], ...], bool], LayerPlan] = {}
 
     def of(self, selection: Selection) -> SlicePlan:
         """The plan of a selection."""
@@ -65,19 +128,31 @@ class SlicePlans:
             self._made[selection] = self._make(selection)
         return self._made[selection]
 
-    def _make(self, selection: Selection) -> SlicePlan:
-        layout, kept, full = self.family.layout, selection.as_dict(), self.family.shape.full
-        segments: dict[str, tuple[Segments | None, ...]] = {}
-        for name, dimensions in layout.parameters().items():
-            short = name.split(".", 3)[3] if name.startswith("decoder.layers.") else name
-            if short in segments:
-                continue
-            ranges = []
+    def _segments(self, parameters: Mapping[str, tuple[Dimension, ...]], kept: Mapping[str, int]) -> SegmentsOf:
+        found: dict[str, tuple[Segments | None, ...]] = {}
+        for name, dimensions in parameters.items():
+            ranges: list[Segments | None] = []
             for dimension in dimensions:
-                world = self.tp_size if dimension.sharded else 1
-                found = dimension.segments(kept, full, self.tp_size)
-                whole = found == ((0, dimension.size // world),)
-                ranges.append(None if whole else found)
-            segments[short] = tuple(ranges)
-        sizes = {axis: kept[axis] if axis == "hidden" else kept[axis] // self.tp_size for axis in AXES}
-        return SlicePlan(**sizes, segments=segments)
+                world = self.worlds[dimension.sharded]
+                segments = dimension.segments(kept, self.family.shape.full, world)
+                ranges.append(None if segments == ((0, dimension.size // world),) else segments)
+            found[name] = tuple(ranges)
+        return found
+
+    def _layer(self, number: int, selection: Selection) -> LayerPlan:
+        kind = self.family.shape.pattern[number]
+        kept = selection.layer(self.family.shape.pattern, number)
+        key = kind, tuple(sorted(kept.items())), number in selection.skipped
+        if key not in self._layers:
+            layout = self.family.layout
+            sizes = {
+                axis: size // self.worlds[layout.sharded[axis]] for axis, size in kept.items() if axis != "hidden"
+            }
+            segments = self._segments(layout.of_kind(kind), kept)
+            self._layers[key] = LayerPlan(kept["hidden"], sizes, segments, number in selection.skipped)
+        return self._layers[key]
+
+    def _make(self, selection: Selection) -> SlicePlan:
+        layers = tuple(self._layer(number, selection) for number in range(len(self.family.shape.pattern)))
+        outside = self._segments(self.family.layout.outside_layers(), {"hidden": selection.hidden})
+        return SlicePlan(selection.hidden, layers, outside)
