@@ -39,7 +39,7 @@ def asked_selection(path: Path, family: Metadata, budget: str) -> Selection:
             f"budget {budget}: {path} was trained without a router (its selections were given), so nothing says what "
             f"lies between {[each.name for each in family.budgets]}"
         )
-    settings: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in family.router.items()}
+    settings: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in family.router.items()}
     router = Router(RouterConfig(**settings), family.family)
     router.load_state_dict({name: read_tensor(path, ROUTER_PREFIX + name) for name in router.state_dict()})
     return router.decide_between(fraction, router.config.iterations - 1)
