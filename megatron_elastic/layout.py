@@ -17,6 +17,11 @@ from megatron_elastic.axes import (
     layer_kinds,
 )
 
+LAYER = "decoder.layers."
+"""Beginning of the names of what belongs to a layer; its number follows."""
+BUFFERS = (".expert_bias",)
+"""Ends of the names of what is stored beside parameters, and counted as none."""
+
 Size = int | tuple[int, ...]
 """Entries of an axis: one number, or one for every layer that has the axis where layers differ."""
 
@@ -171,6 +176,11 @@ class ModelShape:
             "shared_expert_ffn": (ffn_blocks, False),
         }
         return {axis: BlockOrder(getattr(self, axis), *made[axis]) for axis in self.axes if axis != "depth"}
+
+
+def layer_number(name: str) -> int | None:
+    """Number of the layer that a parameter belongs to; None for those of no layer."""
+    return int(name.removeprefix(LAYER).split(".")[0]) if name.startswith(LAYER) else None
 
 
 def smallest(size: Size) -> int:

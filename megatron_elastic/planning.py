@@ -46,10 +46,13 @@ class _Found(NamedTuple):
 class _Search:
     def __init__(self, family: Family, formula: CostFormula, count: int) -> None:
         self.family, self.formula, self.count = family, formula, count
-        self.full = family.shape.full
+        self.full, self.layers = family.shape.full, len(family.shape.pattern)
         self.choices = {axis: tuple(family.choices[axis]) for axis in family.axes}
+        # Without a ranking of the layers nobody knows which ones a smaller depth leaves out.
+        ranked = self.layers - len(family.depth_ranking)
+        self.depths = [depth for depth in self.choices.pop("depth") if depth >= ranked]
         # How many axes the prior compares: those that are narrowed. Depth is judged apart.
-        self.widths = sum(each != (self.full[axis],) for axis, each in self.choices.items() if axis != "depth")
+        self.widths = sum(each != (self.full[axis],) for axis, each in self.choices.items())
         self._layers: dict[tuple[str, int], list[tuple[float, float, _Term]]] = {}
 
     def _of_kind(self, kind: str, hidden: int) -> list[tuple[float, float, _Term]]:
@@ -86,12 +89,12 @@ class _Search:
 
     def _prior(self, logs: float, squares: float, depth: int) -> float:
         spread = squares - logs * logs / self.widths if self.widths else 0.0
-        return spread + math.log(depth / self.full["depth"]) ** 2
+        return spread + math.log(depth / self.layers) ** 2
 
     def found(self, target: float, slack: float) -> Iterator[_Found]:
         """Candidates: all within `slack` of the target, and the nearest ones."""
         pattern = self.family.shape.pattern
-        for depth, hidden in product(self.choices["depth"], self.choices["hidden"]):
+        for depth, hidden in product(self.depths, self.choices["hidden"]):
             skipped = self.family.skipped(depth)
             left = "".join(kind for number, kind in enumerate(pattern) if number not in skipped)
             terms = sorted((self._terms(kind, hidden, left.count(kind)) for kind in sorted(set(pattern))), key=len)
@@ -125,7 +128,7 @@ def propose(
     logarithms) and that keep more layers, since depth costs more quality than width at the same size.
 
     Args:
-        family: its choices and depth ranking.
+        family: its choices and depth ranking; depths that its ranking does not reach are left out.
         target: in the unit: parameters, bytes, FLOPs a token, or the table's time.
         unit: one of `UNITS`.
         count: how many at most.
@@ -145,20 +148,6 @@ def propose(
     return [family.select(dict(found.sizes)) for found in best]
 
 
-def cost_of(
-    family: Family,
-    selection: Selection,
-    unit: str = "parameters",
-    *,
-    deployment: Deployment | None = None,
-    table: LatencyTable | None = None,
-) -> float:
-    """What a selection of a family costs; see `cost_model.cost`."""
-    gates = selection.gates(len(family.shape.pattern))
-    value: float = cost(family.shape, selection.sizes, gates, unit, deployment=deployment, table=table)
-    return value
-
-
 def nearest(
     family: Family,
     fraction: float,
@@ -166,11 +155,10 @@ def nearest(
     *,
     deployment: Deployment | None = None,
     table: LatencyTable | None = None,
-) -> tuple[Selection, float]:
-    """The homogeneous selection whose cost comes nearest to a share of the parent's, and the share that it has."""
-    parent = cost_of(family, family.full, unit, deployment=deployment, table=table)
-    (selection,) = propose(family, fraction * parent, unit, deployment=deployment, table=table)
-    return selection, cost_of(family, selection, unit, deployment=deployment, table=table) / parent
+) -> Selection:
+    """The homogeneous selection whose cost comes nearest to a share of the parent's; arguments as in `propose`."""
+    parent = cost(family.shape, family.full.sizes, None, unit, deployment=deployment, table=table)
+    return propose(family, fraction * parent, unit, deployment=deployment, table=table)[0]
 
 
 def restricted(family: Family, kept: Mapping[str, int]) -> Family:
