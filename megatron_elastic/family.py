@@ -34,7 +34,7 @@ class Family:
 
     def __post_init__(self) -> None:
         """An axis that is not narrowed need not be named."""
-        choices = {axis: tuple(self.choices.get(axis, (full,))) for axis, full in self.shape.full.items()}
+        choices = {axis: tuple(self.choices.get(axis, full)) for axis, full in self.shape.choices.items()}
         object.__setattr__(self, "choices", choices)
 
     @cached_property
@@ -55,7 +55,7 @@ class Family:
     @property
     def full(self) -> Selection:
         """The selection that keeps everything."""
-        return Selection.from_dict({axis: size for axis, size in self.shape.full.items() if axis != "depth"})
+        return Selection.from_dict(self.shape.full)
 
     def layers_with(self, axis: str) -> tuple[int, ...]:
         """Numbers of the layers that have an axis; all of them for `hidden` and `depth`."""
