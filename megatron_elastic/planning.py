@@ -18,9 +18,8 @@ from typing import NamedTuple
 
 from megatron_elastic.axes import AXES_OF_KIND
 from megatron_elastic.budget import Selection
-from megatron_elastic.cost_model import CostFormula, Deployment, cost
+from megatron_elastic.cost_model import CostFormula
 from megatron_elastic.family import Family
-from megatron_elastic.latency import LatencyTable
 
 
 class _Term(NamedTuple):
@@ -118,8 +117,6 @@ def propose(
     count: int = 1,
     *,
     tolerance: float = 0.0,
-    deployment: Deployment | None = None,
-    table: LatencyTable | None = None,
 ) -> list[Selection]:
     """Homogeneous selections of a family that come nearest to a target.
 
@@ -133,12 +130,11 @@ def propose(
         unit: one of `UNITS`.
         count: how many at most.
         tolerance: relative deviation from the target that does not matter.
-        deployment, table: see `CostFormula`.
 
     Returns:
         At most `count`, all different; the first is the nearest (within `tolerance`, the most balanced).
     """
-    search = _Search(family, CostFormula(family.shape, unit, deployment, table), count)
+    search = _Search(family, family.formula(unit), count)
     slack = tolerance * target
 
     def rank(found: _Found) -> tuple[float, float, tuple[tuple[str, int], ...]]:
@@ -148,17 +144,9 @@ def propose(
     return [family.select(dict(found.sizes)) for found in best]
 
 
-def nearest(
-    family: Family,
-    fraction: float,
-    unit: str = "parameters",
-    *,
-    deployment: Deployment | None = None,
-    table: LatencyTable | None = None,
-) -> Selection:
-    """The homogeneous selection whose cost comes nearest to a share of the parent's; arguments as in `propose`."""
-    parent = cost(family.shape, family.full.sizes, None, unit, deployment=deployment, table=table)
-    return propose(family, fraction * parent, unit, deployment=deployment, table=table)[0]
+def nearest(family: Family, fraction: float, unit: str = "parameters") -> Selection:
+    """The homogeneous selection whose cost comes nearest to a share of the parent's."""
+    return propose(family, fraction * family.full_cost(unit), unit)[0]
 
 
 def restricted(family: Family, kept: Mapping[str, int]) -> Family:
