@@ -118,8 +118,12 @@ class Metadata:
         if schema not in range(1, SCHEMA + 1):
             raise CheckpointError(f"{KEY}: schema {schema}, this version reads up to {SCHEMA}: update megatron_elastic")
         try:
-            values["shape"] = ModelShape.from_dict(values["shape"])
+            shape = values["shape"] = ModelShape.from_dict(values["shape"])
             values["choices"] = {axis: tuple(sizes) for axis, sizes in values["choices"].items()}
+            if schema < 3 and values["kind"] == "family":
+                # Four axes are named: of the others everything is kept.
+                values["choices"] = {**shape.choices, **values["choices"]}
+                values["selections"] = [{**shape.full, **kept} for kept in values["selections"]]
             for name in ("heterogeneous", "depth_ranking"):
                 values[name] = tuple(values.get(name, ()))
             values["budgets"] = tuple(Budget(**budget) for budget in values["budgets"])
