@@ -26,7 +26,7 @@ LENGTH = 72  # three chunks of the scan
 ENDS = ((5, 6, 46, 72), (31, 33, 72))
 SELECTIONS = (
     kit.narrow(hidden=28, ffn=(48, 40, 64), attention_heads=(6, 4), mamba_head_dim=3),
-    kit.narrow(hidden=20, ffn=32, mamba_heads=(4, 8), mamba_head_dim=2, attention_heads=4, depth=6),
+    kit.narrow(hidden=20, ffn=32, mamba_heads=(4, 8), mamba_head_dim=2, attention_heads=(6, 4), depth=6),
 )
 # One SSM group: context-parallel ranks then share its B and C.
 ONE_GROUP = replace(kit.FAMILY, shape=replace(kit.SHAPE, mamba_groups=1))
@@ -69,7 +69,8 @@ def whole_gradients(model: Any, family: Family) -> dict[str, Tensor]:
     tp, cp = parallel_state.get_tensor_model_parallel_group(), parallel_state.get_context_parallel_group()
     dimensions, found = family.layout.parameters(), {}
     for name, parameter in model.named_parameters():
-        grad = summed(parameter.grad, cp)
+        # A layer that a slice leaves out has no gradient on any rank.
+        grad = summed(torch.zeros_like(parameter) if parameter.grad is None else parameter.grad, cp)
         if getattr(parameter, "sequence_parallel", False):
             grad = summed(grad, tp)
         shards = [torch.empty_like(grad) for _ in range(tp.size())]
