@@ -44,6 +44,11 @@ def _without(package: str, needed_by: str) -> Callable[[Any], bool]:
     return lambda value: value == needed_by and importlib.util.find_spec(package) is None
 
 
+def _balanced_over_steps(value: Any) -> bool:
+    kinds = value if isinstance(value, list) else [value]
+    return any(kind not in (None, "none", "aux_loss", "seq_aux_loss") for kind in kinds)
+
+
 _OWNED = "set by the elastic section (stages, data, save): remove it here"
 _SELECTION = "a captured graph replays one selection; every microbatch of a step has another one"
 _NO_LAYER = "no elastic layer carries it"
@@ -101,12 +106,12 @@ REFUSALS: tuple[Refusal, ...] = (
     ),
     # Parents that no elastic layer carries.
     Refusal("mtp-num-layers", _given, f"multi-token prediction: {_NO_LAYER}"),
-    Refusal("num-experts", _given, f"MoE layers: {_NO_LAYER} yet"),
     Refusal("untie-embeddings-and-output-weights", _missing, f"tied embeddings: {_NO_LAYER}; untie them"),
     Refusal("disable-bias-linear", _missing, f"biases of linears: {_NO_LAYER}; disable them"),
     Refusal("add-qkv-bias", _given, f"a QKV bias: {_NO_LAYER}"),
-    Refusal("swiglu", _given, f"a gated MLP: {_NO_LAYER} yet; squared ReLU is carried"),
-    Refusal("quick-geglu", _given, f"a gated MLP: {_NO_LAYER} yet; squared ReLU is carried"),
+    Refusal("quick-geglu", _given, f"another gate: {_NO_LAYER}; swiglu is carried"),
+    Refusal("glu-linear-offset", _not(None, 0, 0.0), f"an offset in the gate: {_NO_LAYER}"),
+    Refusal("activation-func-clamp-value", _given, f"clamped activations: {_NO_LAYER}"),
     Refusal("qk-layernorm", _given, f"qk-norm: {_NO_LAYER}"),
     Refusal("qk-l2-norm", _given, f"qk-norm: {_NO_LAYER}"),
     Refusal("attention-output-gate", _given, f"an attention output gate: {_NO_LAYER}"),
@@ -125,20 +130,55 @@ REFUSALS: tuple[Refusal, ...] = (
     Refusal("apply-layernorm-1p", _given, f"zero-centred norms: {_NO_LAYER}"),
     Refusal("use-mup", _given, f"muP multipliers: {_NO_LAYER}"),
     Refusal("is-hybrid-model", _given, "deprecated in core: hybrid-layer-pattern says it"),
+    # Mixture of experts.
+    Refusal("moe-layer-freq", _not(None, 1), "hybrid-layer-pattern says which layers have experts (E)"),
+    Refusal("moe-use-upcycling", _given, "the parent comes from a checkpoint: upcycle it with Megatron first"),
+    Refusal("moe-grouped-gemm", _given, "core's grouped experts are Transformer Engine's: they run one after another"),
+    Refusal("moe-latent-size", _given, f"latent experts: {_NO_LAYER}"),
+    Refusal("moe-shared-expert-gate", _given, f"a gate on the shared expert: {_NO_LAYER}"),
+    Refusal("moe-shared-expert-overlap", _given, "the dispatcher would run the shared expert without its selection"),
+    Refusal("use-grouped-gemm-for-shared-expert", _given, "it is Transformer Engine's: leave it out"),
+    Refusal("moe-mlp-glu-interleave-size", _given, "a gated layer has all rows of the gate before the others here"),
+    Refusal("moe-shared-expert-glu-interleave-size", _given, "the gate's rows come before the others here"),
+    Refusal("moe-apply-probs-on-input", _given, f"weights before the experts: {_NO_LAYER}"),
+    Refusal(
+        "moe-router-load-balancing-type",
+        _balanced_over_steps,
+        "aux_loss, seq_aux_loss and none look at one microbatch; the others keep counts that budgets would mix",
+    ),
+    Refusal("moe-router-num-groups", _given, "a narrower model has fewer experts a group: other groups would win"),
+    Refusal("moe-router-group-topk", _given, "a narrower model has fewer experts a group: other groups would win"),
+    Refusal("moe-expert-capacity-factor", _given, "a capacity follows from the number of experts, which is a choice"),
+    Refusal("moe-expert-rank-capacity-factor", _given, "a capacity would drop other tokens in every budget"),
+    Refusal("moe-input-jitter-eps", _given, "with noise in the router what trains is not what is cut"),
+    Refusal("moe-router-force-load-balancing", _given, "random routing is for benchmarks"),
+    Refusal("moe-router-force-biased", _given, "random routing is for benchmarks"),
+    Refusal("moe-router-fusion", _given, "the fused kernel knows no masks: leave it out"),
+    Refusal("moe-enable-routing-replay", _given, "a replayed choice of experts is another selection's"),
+    Refusal("moe-routing-trace-path", _given, "the trace does not see the elastic router"),
+    Refusal("moe-token-dispatcher-type", _not(None, "allgather", "alltoall"), "allgather and alltoall are carried"),
+    Refusal("moe-enable-deepep", _given, "it is the flex dispatcher's: allgather and alltoall are carried"),
+    Refusal("overlap-moe-expert-parallel-comm", _given, "its schedule runs core's layers piece by piece"),
+    Refusal("overlap-dispatch-backward-with-experts-wgrad", _given, "sliced gradients are added in the backward"),
     # What the elastic section sets.
     *(Refusal(flag, _given, _OWNED) for flag in _OWNED_FLAGS),
 )
 """The one table: a flag that is not in it reaches Megatron unchanged."""
 
-_SIZES = {
-    "hidden": "hidden-size",
-    "ffn": "ffn-hidden-size",
-    "attention_heads": "num-attention-heads",
-    "mamba_heads": "mamba-num-heads",
-    "mamba_head_dim": "mamba-head-dim",
-    "mamba_groups": "mamba-num-groups",
-    "mamba_state": "mamba-state-dim",
+_SIZES_OF_KIND: Mapping[str, Mapping[str, str]] = {
+    "M": {
+        "mamba_heads": "mamba-num-heads",
+        "mamba_head_dim": "mamba-head-dim",
+        "mamba_groups": "mamba-num-groups",
+        "mamba_state": "mamba-state-dim",
+    },
+    "*": {"attention_heads": "num-attention-heads"},
+    "-": {"ffn": "ffn-hidden-size"},
+    "E": {"experts": "num-experts", "expert_ffn": "moe-ffn-hidden-size", "top_k": "moe-router-topk"},
 }
+"""Flags that a layer of each kind needs; the parser needs `num-attention-heads` of every model."""
+
+_SHARED_EXPERT = "moe-shared-expert-intermediate-size"
 
 
 LAYOUT_FLAGS = (
@@ -191,40 +231,57 @@ def padded_vocabulary(flags: Mapping[str, Any]) -> int:
     return -(-int(flags["vocab-size"]) // multiple) * multiple
 
 
+def _sizes(pattern: str) -> dict[str, str]:
+    """Size -> flag, for a model with the layers of a pattern."""
+    found = {"hidden": "hidden-size"}
+    for kind, sizes in _SIZES_OF_KIND.items():
+        if kind in pattern:
+            found.update(sizes)
+    return found
+
+
 def model_shape(flags: Mapping[str, Any], faults: list[str]) -> ModelShape | None:
     """The parent that a recipe's flags describe; what is missing or has no elastic layer is added to `faults`."""
-    needed = [*_SIZES.values(), "hybrid-layer-pattern", "vocab-size"]
-    missing = [flag for flag in needed if flag not in flags]
-    optional = ("num-query-groups", "kv-channels", "make-vocab-size-divisible-by", "tensor-model-parallel-size")
+    pattern = str(flags.get("hybrid-layer-pattern", "")).replace("|", "")
+    sizes = _sizes(pattern)
+    needed = [*sizes.values(), "hybrid-layer-pattern", "vocab-size", "num-attention-heads"]
+    missing = [flag for flag in dict.fromkeys(needed) if flag not in flags]
+    optional = ["num-query-groups", "kv-channels", "make-vocab-size-divisible-by", "tensor-model-parallel-size"]
+    optional += [_SHARED_EXPERT] if "E" in pattern else []
     numbers = [flag for flag in (*needed, *optional) if flag in flags and flag != "hybrid-layer-pattern"]
-    bad = [flag for flag in numbers if not isinstance(flags[flag], int) or flags[flag] < 1]
+    bad = [flag for flag in dict.fromkeys(numbers) if not isinstance(flags[flag], int) or flags[flag] < 1]
     faults.extend(f"megatron.{flag}: required, it is part of the parent's shape" for flag in missing)
     faults.extend(f"megatron.{flag}: {flags[flag]!r} must be a whole number, at least 1" for flag in bad)
     if missing or bad:
         return None
-    heads = flags["num-attention-heads"]
-    groups = flags.get("num-query-groups", heads) if flags.get("group-query-attention") else heads
-    shape = ModelShape(
-        pattern=str(flags["hybrid-layer-pattern"]).replace("|", ""),
-        vocab=padded_vocabulary(flags),
-        query_groups=groups,
-        head_dim=flags.get("kv-channels", flags["hidden-size"] // heads),
-        **{name: flags[flag] for name, flag in _SIZES.items()},
-    )
-    found = shape.faults()
-    faults.extend(f"megatron: {fault}" for fault in found)
-    return None if found else shape
+    found: dict[str, Any] = {name: flags[flag] for name, flag in sizes.items()}
+    if "*" in pattern:
+        heads = flags["num-attention-heads"]
+        found["query_groups"] = flags.get("num-query-groups", heads) if flags.get("group-query-attention") else heads
+        found["head_dim"] = flags.get("kv-channels", flags["hidden-size"] // heads)
+    if "E" in pattern:
+        found["shared_expert_ffn"] = flags.get(_SHARED_EXPERT, 0)
+        found["expert_bias"] = bool(flags.get("moe-router-enable-expert-bias"))
+    shape = ModelShape(pattern=pattern, vocab=padded_vocabulary(flags), gated=bool(flags.get("swiglu")), **found)
+    wrong = [f"megatron: {fault}" for fault in shape.faults()]
+    if "E" not in pattern and flags.get("num-experts"):
+        wrong.append(f"megatron.num-experts: {flags['num-experts']} experts, and no layer E in {pattern!r} to have them")
+    if "E" in pattern and flags.get("tensor-model-parallel-size", 1) > 1 and not flags.get("sequence-parallel"):
+        wrong.append("megatron.sequence-parallel: required: MoE layers train with tensor parallelism only together with it")
+    faults.extend(wrong)
+    return None if wrong else shape
 
 
 def shape_flags(shape: ModelShape, flags: Mapping[str, Any]) -> dict[str, Any]:
     """The flags that build a model of another shape (a submodel) with everything else as in `flags`."""
-    changed = {
-        **{flag: getattr(shape, name) for name, flag in _SIZES.items()},
-        "kv-channels": shape.head_dim,
-        "num-query-groups": shape.query_groups,
-        "group-query-attention": True,
-        "hybrid-layer-pattern": shape.pattern,
-    }
+    changed: dict[str, Any] = {flag: getattr(shape, name) for name, flag in _sizes(shape.pattern).items()}
+    changed["hybrid-layer-pattern"] = shape.pattern
+    if "*" in shape.pattern:
+        changed.update(
+            {"kv-channels": shape.head_dim, "num-query-groups": shape.query_groups, "group-query-attention": True}
+        )
+    if shape.shared_expert_ffn:
+        changed[_SHARED_EXPERT] = shape.shared_expert_ffn
     return {**flags, **changed}
 
 
