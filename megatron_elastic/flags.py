@@ -165,20 +165,28 @@ REFUSALS: tuple[Refusal, ...] = (
 )
 """The one table: a flag that is not in it reaches Megatron unchanged."""
 
-_SIZES_OF_KIND: Mapping[str, Mapping[str, str]] = {
-    "M": {
-        "mamba_heads": "mamba-num-heads",
-        "mamba_head_dim": "mamba-head-dim",
-        "mamba_groups": "mamba-num-groups",
-        "mamba_state": "mamba-state-dim",
-    },
-    "*": {"attention_heads": "num-attention-heads"},
-    "-": {"ffn": "ffn-hidden-size"},
-    "E": {"experts": "num-experts", "expert_ffn": "moe-ffn-hidden-size", "top_k": "moe-router-topk"},
+_SIZES = {
+    "hidden": "hidden-size",
+    "ffn": "ffn-hidden-size",
+    "attention_heads": "num-attention-heads",
+    "mamba_heads": "mamba-num-heads",
+    "mamba_head_dim": "mamba-head-dim",
+    "mamba_groups": "mamba-num-groups",
+    "mamba_state": "mamba-state-dim",
+    "experts": "num-experts",
+    "expert_ffn": "moe-ffn-hidden-size",
+    "shared_expert_ffn": "moe-shared-expert-intermediate-size",
+    "top_k": "moe-router-topk",
 }
-"""Flags that a layer of each kind needs; the parser needs `num-attention-heads` of every model."""
+"""Field of `ModelShape` -> the flag that gives it."""
 
-_SHARED_EXPERT = "moe-shared-expert-intermediate-size"
+_NEEDED = {
+    "M": ("mamba_heads", "mamba_head_dim", "mamba_groups", "mamba_state"),
+    "*": ("attention_heads",),
+    "-": ("ffn",),
+    "E": ("experts", "expert_ffn", "top_k"),
+}
+"""Fields without which a layer of a kind has no shape."""
 
 
 LAYOUT_FLAGS = (
@@ -231,57 +239,63 @@ def padded_vocabulary(flags: Mapping[str, Any]) -> int:
     return -(-int(flags["vocab-size"]) // multiple) * multiple
 
 
-def _sizes(pattern: str) -> dict[str, str]:
-    """Size -> flag, for a model with the layers of a pattern."""
-    found = {"hidden": "hidden-size"}
-    for kind, sizes in _SIZES_OF_KIND.items():
-        if kind in pattern:
-            found.update(sizes)
-    return found
-
-
 def model_shape(flags: Mapping[str, Any], faults: list[str]) -> ModelShape | None:
     """The parent that a recipe's flags describe; what is missing or has no elastic layer is added to `faults`."""
     pattern = str(flags.get("hybrid-layer-pattern", "")).replace("|", "")
-    sizes = _sizes(pattern)
-    needed = [*sizes.values(), "hybrid-layer-pattern", "vocab-size", "num-attention-heads"]
-    missing = [flag for flag in dict.fromkeys(needed) if flag not in flags]
-    optional = ["num-query-groups", "kv-channels", "make-vocab-size-divisible-by", "tensor-model-parallel-size"]
-    optional += [_SHARED_EXPERT] if "E" in pattern else []
-    numbers = [flag for flag in (*needed, *optional) if flag in flags and flag != "hybrid-layer-pattern"]
-    bad = [flag for flag in dict.fromkeys(numbers) if not isinstance(flags[flag], int) or flags[flag] < 1]
+    fields = ["hidden", *(field for kind in _NEEDED if kind in pattern for field in _NEEDED[kind])]
+    needed = [*(_SIZES[field] for field in fields), "hybrid-layer-pattern", "vocab-size"]
+    # Core's parser asks for this one whatever the layers are.
+    needed += [] if "num-attention-heads" in needed else ["num-attention-heads"]
+    if "E" in pattern and "moe-shared-expert-intermediate-size" in flags:
+        fields.append("shared_expert_ffn")
+    missing = [flag for flag in needed if flag not in flags]
+    optional = ("num-query-groups", "kv-channels", "make-vocab-size-divisible-by", "tensor-model-parallel-size")
+    numbers = [flag for flag in (*needed, *optional, _SIZES["shared_expert_ffn"]) if flag in flags]
+    bad = [
+        flag
+        for flag in dict.fromkeys(numbers)
+        if flag != "hybrid-layer-pattern" and (type(flags[flag]) is not int or flags[flag] < 1)
+    ]
     faults.extend(f"megatron.{flag}: required, it is part of the parent's shape" for flag in missing)
     faults.extend(f"megatron.{flag}: {flags[flag]!r} must be a whole number, at least 1" for flag in bad)
     if missing or bad:
         return None
-    found: dict[str, Any] = {name: flags[flag] for name, flag in sizes.items()}
+    attention: dict[str, int] = {}
     if "*" in pattern:
         heads = flags["num-attention-heads"]
-        found["query_groups"] = flags.get("num-query-groups", heads) if flags.get("group-query-attention") else heads
-        found["head_dim"] = flags.get("kv-channels", flags["hidden-size"] // heads)
-    if "E" in pattern:
-        found["shared_expert_ffn"] = flags.get(_SHARED_EXPERT, 0)
-        found["expert_bias"] = bool(flags.get("moe-router-enable-expert-bias"))
-    shape = ModelShape(pattern=pattern, vocab=padded_vocabulary(flags), gated=bool(flags.get("swiglu")), **found)
-    wrong = [f"megatron: {fault}" for fault in shape.faults()]
+        groups = flags.get("num-query-groups", heads) if flags.get("group-query-attention") else heads
+        attention = {"query_groups": groups, "head_dim": flags.get("kv-channels", flags["hidden-size"] // heads)}
+    shape = ModelShape(
+        pattern=pattern,
+        vocab=padded_vocabulary(flags),
+        expert_bias="E" in pattern and bool(flags.get("moe-router-enable-expert-bias")),
+        gated=bool(flags.get("swiglu")),
+        **attention,
+        **{field: flags[_SIZES[field]] for field in fields},
+    )
+    found = [f"megatron: {fault}" for fault in shape.faults()]
     if "E" not in pattern and flags.get("num-experts"):
-        wrong.append(f"megatron.num-experts: {flags['num-experts']} experts, and no layer E in {pattern!r} to have them")
+        found.append(f"megatron.num-experts: {flags['num-experts']} experts, but {pattern!r} has no layer E for them")
     if "E" in pattern and flags.get("tensor-model-parallel-size", 1) > 1 and not flags.get("sequence-parallel"):
-        wrong.append("megatron.sequence-parallel: required: MoE layers train with tensor parallelism only together with it")
-    faults.extend(wrong)
-    return None if wrong else shape
+        found.append("megatron.sequence-parallel: required with MoE layers and tensor parallelism, as in core")
+    faults.extend(found)
+    return None if found else shape
 
 
 def shape_flags(shape: ModelShape, flags: Mapping[str, Any]) -> dict[str, Any]:
-    """The flags that build a model of another shape (a submodel) with everything else as in `flags`."""
-    changed: dict[str, Any] = {flag: getattr(shape, name) for name, flag in _sizes(shape.pattern).items()}
-    changed["hybrid-layer-pattern"] = shape.pattern
+    """The flags that build a model of another shape (a submodel) with everything else as in `flags`.
+
+    Where layers differ in size a flag has the largest; the shape itself says the rest.
+    """
+    changed: dict[str, Any] = {"hybrid-layer-pattern": shape.pattern}
+    for field, flag in _SIZES.items():
+        size = getattr(shape, field)
+        if size:
+            changed[flag] = max(size) if isinstance(size, tuple) else size
     if "*" in shape.pattern:
         changed.update(
             {"kv-channels": shape.head_dim, "num-query-groups": shape.query_groups, "group-query-attention": True}
         )
-    if shape.shared_expert_ffn:
-        changed[_SHARED_EXPERT] = shape.shared_expert_ffn
     return {**flags, **changed}
 
 

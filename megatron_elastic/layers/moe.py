@@ -4,12 +4,9 @@ Routed experts run one after the other on core's dispatchers; those of a rank th
 neuron, so that their weights report a gradient, as data parallelism with overlap asks of every weight.
 """
 
-from dataclasses import dataclass
-
 import torch
 from megatron.core import tensor_parallel
 from megatron.core.ssm.mlp_layer import MLPLayer
-from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
@@ -18,59 +15,13 @@ from torch import Tensor
 from megatron_elastic.axes import Segments
 from megatron_elastic.errors import ElasticError
 from megatron_elastic.family import LayerPlan
+from megatron_elastic.layers.mlp import neurons
+from megatron_elastic.layers.moe_role import MoeRole
 from megatron_elastic.layers.recompute import normed
 from megatron_elastic.masks import Masks
 
 FC1, FC2 = "mlp.experts.experts.linear_fc1.weight", "mlp.experts.experts.linear_fc2.weight"
 SHARED_FC1, SHARED_FC2 = "mlp.shared_experts.linear_fc1.weight", "mlp.shared_experts.linear_fc2.weight"
-
-
-@dataclass(frozen=True)
-class MoeRole:
-    """What one microbatch's tokens do besides their own loss.
-
-    Attributes:
-        count_tokens: whether they move the experts' biases: those of the full budget only, to which no expert is cut.
-        loss_weight: of the balancing losses.
-    """
-
-    count_tokens: bool = True
-    loss_weight: float = 1.0
-
-
-def neurons(
-    mlp: MLP,
-    x: Tensor,
-    *,
-    mask: Tensor | None = None,
-    scale: Tensor | None = None,
-    fc1: tuple[Segments | None, ...] | None = None,
-    fc2: tuple[Segments | None, ...] | None = None,
-) -> Tensor:
-    """Two linears around an activation, gated or not.
-
-    Args:
-        mlp: has elastic linears.
-        x: `[..., kept hidden]`.
-        mask: soft mask of the neurons on this rank, on the activations.
-        scale: weight of each token, `[tokens]`.
-        fc1, fc2: kept rows and columns of the weights; None uses all of them.
-
-    Returns:
-        `[..., kept hidden]`.
-    """
-    out, _ = mlp.linear_fc1(x, segments=fc1)
-    if mlp.config.gated_linear_unit:
-        gate, up = out.chunk(2, dim=-1)
-        active = mlp.config.activation_func(gate) * up
-    else:
-        active = mlp.config.activation_func(out)
-    if mask is not None:
-        active = active * mask
-    if scale is not None:
-        active = (active * scale.unsqueeze(-1)).to(active.dtype)
-    out, _ = mlp.linear_fc2(active, segments=fc2)
-    return out
 
 
 class ElasticExperts(SequentialMLP):
@@ -151,8 +102,10 @@ class ElasticMoE(MoELayer):
             ElasticError: in training with tensor parallelism and without sequence parallelism.
         """
         if self.training and self.attn_tp_group.size() > 1 and not self.config.sequence_parallel:
-            raise ElasticError("MoE layers train with tensor parallelism only together with --sequence-parallel: add it")
-        role = MoeRole() if role is None else role
+            raise ElasticError(
+                "MoE layers train with tensor parallelism only together with --sequence-parallel: add it"
+            )
+        role = MoeRole(count_tokens=True, loss_weight=1.0) if role is None else role
         of = {} if masks is None else masks.axes
         dispatcher = self.token_dispatcher
 

@@ -13,7 +13,6 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_layer import MoETransformerLayer, TransformerLayerSubmodules
 
 
-
 def moe_layer_spec(norm: Any) -> ModuleSpec:
     """Core's MoE layer (`E`) on local modules with the given norm, its experts one after the other."""
     linears = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
