@@ -192,6 +192,7 @@ def train_stage(recipe: Recipe, number: int) -> None:
             selections=recipe.selections,
             stage=number,
             budget_mode=recipe.budget_mode,
+            router=recipe.router,
         ),
         trainer,
     )
