@@ -2,21 +2,20 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from megatron_elastic.axes import AXES
-from megatron_elastic.budget import Budget, Selection
-from megatron_elastic.cost_model import nearest
+from megatron_elastic.budget import Selection
 from megatron_elastic.curriculum import Calibration, Evaluation, PretrainRun, Stage, section
 from megatron_elastic.errors import RecipeError
 from megatron_elastic.family import Family
 from megatron_elastic.flags import flag_faults, model_shape
 from megatron_elastic.layout import ModelShape
 from megatron_elastic.parallel import Ranks, interleaving_faults, length_fault, ranks_of
+from megatron_elastic.planning import nearest
+from megatron_elastic.recipe_family import parse_family, parse_selections
 from megatron_elastic.router import RouterConfig
 
 __all__ = [
@@ -108,101 +107,10 @@ class Recipe:
 KNOWN_KEYS = (
     *("parent", "save", "train_data", "validation_data", "ffn_blocks", "axes", "budgets", "selections", "router"),
     *("stages", "temperature", "save_interval", "evaluation", "calibration", "teacher", "budget_mode"),
+    *("heterogeneous", "depth_ranking", "expert_blocks"),
 )
 BUDGET_MODES = ("joint", "sampled")
 REQUIRED_KEYS = ("parent", "save", "train_data", "validation_data", "axes", "budgets", "stages")
-
-
-def _axes(
-    elastic: Mapping[str, Any], shape: ModelShape, ranks: Ranks, faults: list[str]
-) -> dict[str, tuple[int, ...]]:
-    raw = elastic.get("axes")
-    if not isinstance(raw, Mapping):
-        faults.append(f"elastic.axes: {raw!r} must map an axis to its choices, largest first")
-        return {}
-    for axis in sorted(set(raw) - set(AXES), key=str):
-        faults.append(f"elastic.axes.{axis}: unknown axis; known are {list(AXES)}")
-    blocks = elastic.get("ffn_blocks", 8)
-    if not isinstance(blocks, int) or blocks < 1:
-        faults.append(f"elastic.ffn_blocks: {blocks!r} must be a positive whole number")
-        return {}
-    choices = {}
-    for axis, order in shape.orders(blocks).items():
-        sizes = raw.get(axis, [order.size])
-        if not isinstance(sizes, Sequence) or not all(isinstance(size, int) for size in sizes):
-            faults.append(f"elastic.axes.{axis}: {sizes!r} must be a list of whole numbers")
-            continue
-        found = order.faults(sizes)
-        if axis != "hidden" and order.blocks % ranks.tp:
-            found.append(f"its {order.blocks} blocks do not divide by tensor-model-parallel-size {ranks.tp}")
-        elif axis == "mamba_heads" and not found:
-            found.extend(shape.context_parallel_faults(sizes, ranks.tp, ranks.cp))
-        faults.extend(f"elastic.axes.{axis}: {fault}" for fault in found)
-        choices[axis] = tuple(sizes)
-    return choices if len(choices) == len(AXES) else {}
-
-
-def _budgets(elastic: Mapping[str, Any], faults: list[str]) -> tuple[Budget, ...]:
-    raw = elastic.get("budgets")
-    if not isinstance(raw, list) or not raw:
-        faults.append(f"elastic.budgets: {raw!r} must be a list of {{name, fraction}}, largest first")
-        return ()
-    made = [section(Budget, entry, f"elastic.budgets[{number}]", faults) for number, entry in enumerate(raw)]
-    budgets = tuple(budget for budget in made if budget is not None)
-    if len(budgets) < len(raw):
-        return ()
-    names = [budget.name for budget in budgets]
-    if len(set(names)) < len(names):
-        faults.append(f"elastic.budgets: names {names} must differ")
-    for name in names:
-        if (
-            not isinstance(name, str)
-            or not name
-            or any(c in "/\\" or c.isspace() for c in name)
-            or name.startswith(".")
-        ):
-            faults.append(f"elastic.budgets: name {name!r} must be usable as a folder's name")
-    sizes = [budget.fraction for budget in budgets]
-    for size in sizes:
-        if not 0.0 < size <= 1.0:
-            faults.append(f"elastic.budgets: fraction {size} must lie above 0 and not above 1")
-    if sizes[0] != 1.0:
-        faults.append(f"elastic.budgets: the first fraction {sizes[0]} must be 1.0, the parent's own size")
-    if any(a <= b for a, b in pairwise(sizes)):
-        faults.append(f"elastic.budgets: fractions {sizes} must be strictly descending")
-    return budgets
-
-
-def _reachable(family: Family, tolerance: float, faults: list[str]) -> None:
-    for budget in family.budgets:
-        if budget.fraction <= 0:
-            continue
-        selection, reached = nearest(family.shape, family.choices, budget.fraction)
-        if abs(reached / budget.fraction - 1.0) > tolerance:
-            faults.append(
-                f"elastic.budgets.{budget.name}: no selection comes within {tolerance:.1%} of {budget.fraction:.3f} of "
-                f"the parent's parameters; the nearest has {reached:.4f} ({selection.as_dict()}): add choices"
-            )
-
-
-def _selections(raw: Any, family: Family, faults: list[str]) -> tuple[Selection, ...]:
-    names = [budget.name for budget in family.budgets]
-    if not isinstance(raw, Mapping) or sorted(raw) != sorted(names):
-        faults.append(f"elastic.selections: must give one selection for each of {names}")
-        return ()
-    found = []
-    for name in names:
-        kept = {**family.shape.full, **raw[name]} if isinstance(raw[name], Mapping) else {}
-        if set(kept) != set(AXES):
-            faults.append(f"elastic.selections.{name}: {raw[name]!r} must map axes of {list(AXES)} to choices")
-            continue
-        for axis in AXES:
-            if kept[axis] not in family.choices[axis]:
-                faults.append(f"elastic.selections.{name}.{axis}: {kept[axis]} is none of {list(family.choices[axis])}")
-        found.append(Selection.from_dict(kept))
-    if found and found[0] != family.full:
-        faults.append(f"elastic.selections.{names[0]}: the largest budget must keep everything")
-    return tuple(found)
 
 
 def _stages(raw: Any, budgets: int, ranks: Ranks, world_size: int | None, faults: list[str]) -> tuple[Stage, ...]:
@@ -258,7 +166,7 @@ def _pretrain(
         )
     ranks = ranks_of(merged, [])
     if shape is not None:
-        split = shape.context_parallel_faults([shape.mamba_heads], ranks.tp, ranks.cp)
+        split = shape.context_parallel_faults([shape.full.get("mamba_heads", 0)], ranks.tp, ranks.cp)
         faults.extend(f"pretrain.megatron: {fault}" for fault in split)
     if fault := length_fault(run.sequence_length, ranks):
         faults.append(f"pretrain.{fault}")
@@ -290,6 +198,19 @@ def _single(elastic: Mapping[str, Any], faults: list[str]) -> dict[str, Any]:
     return {**found, "temperature": temperature, "save_interval": interval, "budget_mode": mode}
 
 
+def _reachable(family: Family, tolerance: float, faults: list[str]) -> None:
+    if len(family.choices["depth"]) > 1 and not family.depth_ranking:
+        return  # which layers a choice of depth skips is not known before the parent is ranked
+    for budget in family.budgets:
+        selection = nearest(family, budget.fraction, budget.unit)
+        reached = family.selection_cost(selection, budget.unit) / family.full_cost(budget.unit)
+        if abs(reached / budget.fraction - 1.0) > tolerance:
+            faults.append(
+                f"elastic.budgets.{budget.name}: no selection comes within {tolerance:.1%} of {budget.fraction:.3f} of "
+                f"the parent's {budget.unit}; the nearest has {reached:.4f} ({selection.as_dict()}): add choices"
+            )
+
+
 def _router(elastic: Mapping[str, Any], stages: Sequence[Stage] | None, faults: list[str]) -> RouterConfig | None:
     """The router's settings; `stages` is None where they are at fault and cannot be compared with."""
     if "selections" in elastic:
@@ -297,21 +218,13 @@ def _router(elastic: Mapping[str, Any], stages: Sequence[Stage] | None, faults: 
             faults.append("elastic.router: with elastic.selections no router is built; remove one of the two")
         return None
     router = section(RouterConfig, elastic.get("router", {}), "elastic.router", faults)
+    if isinstance(elastic.get("axes"), Mapping) and all(
+        isinstance(choices, list) and len(choices) < 2 for choices in elastic["axes"].values()
+    ):
+        faults.append("elastic.router: no axis has more than one choice, so there is nothing to learn: add choices")
     if router is not None and stages is not None and router.iterations > sum(stage.iterations for stage in stages):
         faults.append(f"elastic.router.iterations: {router.iterations} exceeds the stages' iterations")
     return router
-
-
-def _family(
-    elastic: Mapping[str, Any], shape: ModelShape | None, ranks: Ranks, budgets: tuple[Budget, ...], faults: list[str]
-) -> Family | None:
-    before = len(faults)
-    if shape is None:
-        return None
-    choices = _axes(elastic, shape, ranks, faults)
-    if not budgets or len(faults) > before:
-        return None
-    return Family(shape=shape, ffn_blocks=elastic.get("ffn_blocks", 8), choices=choices, budgets=budgets)
 
 
 def parse_recipe(raw: Any, *, world_size: int | None = None, source: str = "recipe") -> Recipe:
@@ -341,17 +254,18 @@ def parse_recipe(raw: Any, *, world_size: int | None = None, source: str = "reci
     ranks = ranks_of(megatron, faults)
     if world_size is not None and world_size % ranks.copy:
         faults.append(f"megatron: TP x PP x CP = {ranks.copy} does not divide the {world_size} rank(s) of this run")
-    budgets = _budgets(elastic, faults)
+    given = elastic.get("budgets")
+    budgets = len(given) if isinstance(given, list) else 0
     before = len(faults)
-    stages = _stages(elastic.get("stages"), len(budgets), ranks, world_size, faults)
-    judged = len(budgets) + 1
+    stages = _stages(elastic.get("stages"), budgets, ranks, world_size, faults)
+    judged = budgets + 1
     roles = {"training": 2 if elastic.get("budget_mode") == "sampled" else judged, "evaluation": judged}
     interleaving_faults(megatron, stages, roles, max(1, (world_size or ranks.copy) // ranks.copy), faults)
     router = _router(elastic, stages if len(faults) == before else None, faults)
-    family = _family(elastic, shape, ranks, budgets, faults)
+    family = None if shape is None else parse_family(elastic, shape, ranks, faults)
     selections: tuple[Selection, ...] = ()
     if family is not None and "selections" in elastic:
-        selections = _selections(elastic["selections"], family, faults)
+        selections = parse_selections(elastic["selections"], family, faults)
     elif family is not None:
         _reachable(family, router.tolerance if router else 0.02, faults)
     pretrain = None if raw.get("pretrain") is None else _pretrain(raw["pretrain"], megatron, shape, world_size, faults)

@@ -65,3 +65,34 @@ def parameters(
         layer = _layer(shape, number, sizes_of_layer(sizes, shape.pattern, number), active=active)
         total = total + (layer if gates is None else gates[number] * layer)
     return total
+
+
+def forward_flops_per_token(
+    shape: ModelShape, sizes: Mapping[str, Any], sequence_length: int, gates: Sequence[Any] | None = None
+) -> Any:
+    """Floating point operations of one forward pass for one token: GEMMs, LM head, causal attention and SSD.
+
+    Args:
+        shape: the parent.
+        sizes: axis -> kept entries, or one number a layer.
+        sequence_length: tokens; attention over it costs half, being causal.
+        gates: for each layer the share of it that is kept; None keeps all.
+    """
+    total = shape.vocab * sizes["hidden"]
+    for number, kind in enumerate(shape.pattern):
+        own = sizes_of_layer(sizes, shape.pattern, number)
+        hidden = own["hidden"]
+        if kind == "M":
+            inner, states = own["mamba_heads"] * own["mamba_head_dim"], shape.mamba_groups * shape.mamba_state
+            layer = hidden * (2 * inner + 2 * states + own["mamba_heads"]) + inner * hidden
+            layer = layer + (inner + 2 * states) * shape.conv_kernel + 3 * inner * shape.mamba_state
+        elif kind == "*":
+            query = own["attention_heads"] * shape.head_dim
+            layer = hidden * (2 * query + 2 * shape.query_groups * shape.head_dim) + query * sequence_length
+        elif kind == "-":
+            layer = _mlp(shape, hidden, own["ffn"])
+        else:
+            layer = own["experts"] * hidden + shape.top_k * _mlp(shape, hidden, own["expert_ffn"])
+            layer = layer + (_mlp(shape, hidden, own["shared_expert_ffn"]) if shape.shared_expert_ffn else 0)
+        total = total + (layer if gates is None else gates[number] * layer)
+    return 2 * total

@@ -11,9 +11,7 @@ from torch import Tensor
 
 from megatron_elastic.budget import Selection
 from megatron_elastic.checkpoint import find_verified, read_common, read_family, read_metadata
-from megatron_elastic.cost_model import parameters
 from megatron_elastic.errors import CheckpointError, CorpusError
-from megatron_elastic.family import Family
 from megatron_elastic.metadata import Metadata
 from megatron_elastic.standalone import build_elastic_model, build_plain_model, load_weights, single_process
 
@@ -83,17 +81,16 @@ def _submodel(path: Path, metadata: Metadata | None, budget: str | None) -> tupl
     if metadata is None or metadata.kind != "family":
         if budget is not None:
             raise CheckpointError(f"{path}: --budget {budget!r} is for a family; this is a model of its own")
-        model = build_plain_model(_stock_flags(path) if metadata is None else metadata.flags)
+        flags = _stock_flags(path) if metadata is None else metadata.flags
+        model = build_plain_model(flags, shape=None if metadata is None else metadata.shape)
         load_weights(model, path)
         return model, None, sum(parameter.numel() for parameter in model.parameters())
     name = budget or metadata.budgets[0].name
     selection = metadata.selection_of(name)
-    family = Family(
-        shape=metadata.shape, ffn_blocks=metadata.ffn_blocks, choices=metadata.choices, budgets=metadata.budgets
-    )
+    family = metadata.family
     elastic = build_elastic_model(metadata.flags, family)
     load_weights(elastic, path)
-    return elastic, selection, parameters(metadata.shape, selection.as_dict())
+    return elastic, selection, int(family.selection_cost(selection))
 
 
 @torch.no_grad()

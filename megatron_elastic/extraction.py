@@ -21,7 +21,7 @@ from megatron_elastic.checkpoint import (
 )
 from megatron_elastic.errors import CheckpointError
 from megatron_elastic.flags import LAYOUT_FLAGS, shape_flags
-from megatron_elastic.layout import Layout, ModelShape
+from megatron_elastic.layout import BUFFERS, LAYER, Layout, ModelShape, layer_number
 from megatron_elastic.metadata import Metadata
 from megatron_elastic.sorting import Orders, Stored, common_state, stored_tensors
 
@@ -44,10 +44,11 @@ def kept_entries(
 
 
 def _cut_tensors(path: Path, layout: Layout, selection: Selection, orders: Orders | None) -> dict[str, LazyTensor]:
-    """Every stored tensor of the submodel, made when its turn comes."""
-    kept, full = selection.as_dict(), layout.shape.full
+    """Every stored tensor of the submodel, made when its turn comes; the layers that are left are numbered anew."""
+    full, pattern = layout.shape.full, layout.shape.pattern
+    numbers = {old: new for new, old in enumerate(n for n in range(len(pattern)) if n not in selection.skipped)}
 
-    def lazy(stored: Stored) -> LazyTensor:
+    def lazy(stored: Stored, kept: Mapping[str, int]) -> LazyTensor:
         def read() -> Tensor:
             own = {} if orders is None else orders.of(stored.stock)
             return read_entries(
@@ -56,15 +57,31 @@ def _cut_tensors(path: Path, layout: Layout, selection: Selection, orders: Order
 
         return LazyTensor(tuple(each.kept_size(kept, full) for each in stored.dimensions), stored.dtype, read)
 
-    return {stored.name: lazy(stored) for stored in stored_tensors(path, layout)}
+    found = {}
+    for stored in stored_tensors(path, layout):
+        old = layer_number(stored.name)
+        if old is None:
+            found[stored.name] = lazy(stored, {"hidden": selection.hidden})
+        elif old in numbers:
+            name = stored.name.replace(f"{LAYER}{old}.", f"{LAYER}{numbers[old]}.", 1)
+            found[name] = lazy(stored, selection.layer(pattern, old))
+    return found
 
 
 def _check_selection(layout: Layout, selection: Selection) -> None:
     faults = []
-    for axis, choice in selection.as_dict().items():
+    pattern = layout.shape.pattern
+    for axis, choice in selection.sizes.items():
+        if axis not in layout.orders:
+            faults.append(f"{axis}: the parent {pattern!r} has no such axis")
+            continue
         order = layout.orders[axis]
-        sizes = [order.size] if choice == order.size else [order.size, choice]
-        faults += [f"{axis}: {fault}" for fault in order.faults(sizes)]
+        for each in sorted(set(choice) if isinstance(choice, tuple) else {choice}):
+            sizes = [order.size] if each == order.size else [order.size, each]
+            faults += [f"{axis}: {fault}" for fault in order.faults(sizes)]
+    faults += [f"skipped: {n} is no layer of {pattern!r}" for n in selection.skipped if not 0 <= n < len(pattern)]
+    if len(set(selection.skipped)) >= len(pattern):
+        faults.append("skipped: no layer is left")
     if faults:
         raise CheckpointError(f"{selection.as_dict()} cannot be cut: {'; '.join(faults)}")
 
@@ -75,6 +92,7 @@ def cut(
     *,
     shape: ModelShape,
     ffn_blocks: int,
+    expert_blocks: int = 1,
     flags: Mapping[str, Any],
     selection: Selection,
     orders: Orders | None = None,
@@ -90,7 +108,7 @@ def cut(
         source: checkpoint of a parent in block order, or with `orders` of any parent.
         out: folder to write; must not exist, or be empty. It is there whole and verified, or not at all.
         shape: of the parent.
-        ffn_blocks: blocks of the parent's `ffn` axis.
+        ffn_blocks, expert_blocks: of the parent, see `ModelShape.orders`.
         flags: the parent's Megatron flags; the submodel's follow from them.
         selection: what to keep.
         orders: sorts the parent first, as `sort_checkpoint` would.
@@ -105,21 +123,23 @@ def cut(
         CheckpointError: the source is damaged or not this parent, the selection does not fit its blocks, `out` is
             taken, or the disk is full.
     """
-    target, layout = Path(out), Layout(shape, ffn_blocks)
+    target, layout = Path(out), Layout(shape, ffn_blocks, expert_blocks)
     require_free(target)
     _check_selection(layout, selection)
     path = find_verified(source, progress=progress)
     tensors = _cut_tensors(path, layout, selection, orders)
-    count, cost = sum(prod(each.shape) for each in tensors.values()), cost_model.parameters(shape, selection.as_dict())
+    count = sum(prod(each.shape) for name, each in tensors.items() if not name.endswith(BUFFERS))
+    cost = cost_model.parameters(shape, selection.sizes, selection.gates(len(shape.pattern)))
     if count != cost:
         raise CheckpointError(f"{target}: {count} parameters, the cost model says {cost}: report this as a defect")
-    submodel = layout.shape.resized(selection.as_dict())
+    submodel = selection.submodel(layout.shape)
     # The vocabulary is padded already: on another layout Megatron would pad it to another size.
     vocabulary = {"vocab-size": shape.vocab, "make-vocab-size-divisible-by": 1}
     description = Metadata(
         kind="extracted",
         shape=submodel,
         ffn_blocks=ffn_blocks,
+        expert_blocks=expert_blocks,
         # Nothing of the layout it was trained on: every layout gives the same bytes.
         flags=shape_flags(submodel, {**{k: v for k, v in flags.items() if k not in LAYOUT_FLAGS}, **vocabulary}),
         iteration=iteration,
@@ -153,6 +173,7 @@ def extract_budget(checkpoint: str | Path, budget: str, out: str | Path, *, prog
         out,
         shape=family.shape,
         ffn_blocks=family.ffn_blocks,
+        expert_blocks=family.expert_blocks,
         flags=family.flags,
         selection=selection,
         budget=budget,

@@ -1,11 +1,13 @@
 """A family as declared: the parent's shape, the choices of every axis and the budgets; and the slices that follow."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 from megatron_elastic.axes import BlockOrder, Dimension, Segments
 from megatron_elastic.budget import Budget, Selection
+from megatron_elastic.cost_model import parameters
 from megatron_elastic.layout import Layout, ModelShape
 
 
@@ -30,6 +32,11 @@ class Family:
     depth_ranking: tuple[int, ...] = ()
     budgets: tuple[Budget, ...]
 
+    def __post_init__(self) -> None:
+        """An axis that is not narrowed need not be named."""
+        choices = {axis: tuple(self.choices.get(axis, full)) for axis, full in self.shape.choices.items()}
+        object.__setattr__(self, "choices", choices)
+
     @cached_property
     def layout(self) -> Layout:
         """Dimensions of every parameter of the parent."""
@@ -48,11 +55,26 @@ class Family:
     @property
     def full(self) -> Selection:
         """The selection that keeps everything."""
-        return Selection.from_dict({axis: size for axis, size in self.shape.full.items() if axis != "depth"})
+        return Selection.from_dict(self.shape.full)
 
     def layers_with(self, axis: str) -> tuple[int, ...]:
         """Numbers of the layers that have an axis; all of them for `hidden` and `depth`."""
         return self.shape.layers_with(axis)
+
+    def cost(self, sizes: Mapping[str, Any], gates: Sequence[Any] | None, unit: str) -> Any:
+        """Cost of a submodel of the parent in a budget's unit; see `cost_model.cost`."""
+        if unit not in ("parameters", "active_parameters"):
+            raise NotImplementedError(unit)
+        return parameters(self.shape, sizes, gates, active=unit == "active_parameters")
+
+    def full_cost(self, unit: str) -> float:
+        """Cost of the parent."""
+        return self.selection_cost(self.full, unit)
+
+    def selection_cost(self, selection: Selection, unit: str = "parameters") -> float:
+        """Cost of a decided submodel."""
+        found: float = self.cost(selection.sizes, selection.gates(len(self.shape.pattern)), unit)
+        return found
 
     def uses(self, axis: str) -> int:
         """How many times the choice of an axis is made: once, or for every layer that has it."""

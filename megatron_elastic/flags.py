@@ -138,7 +138,20 @@ _SIZES = {
     "mamba_head_dim": "mamba-head-dim",
     "mamba_groups": "mamba-num-groups",
     "mamba_state": "mamba-state-dim",
+    "experts": "num-experts",
+    "expert_ffn": "moe-ffn-hidden-size",
+    "shared_expert_ffn": "moe-shared-expert-intermediate-size",
+    "top_k": "moe-router-topk",
 }
+"""Field of `ModelShape` -> the flag that gives it."""
+
+_NEEDED = {
+    "M": ("mamba_heads", "mamba_head_dim", "mamba_groups", "mamba_state"),
+    "*": ("attention_heads",),
+    "-": ("ffn",),
+    "E": ("experts", "expert_ffn", "top_k"),
+}
+"""Fields without which a layer of a kind has no shape."""
 
 
 LAYOUT_FLAGS = (
@@ -193,23 +206,37 @@ def padded_vocabulary(flags: Mapping[str, Any]) -> int:
 
 def model_shape(flags: Mapping[str, Any], faults: list[str]) -> ModelShape | None:
     """The parent that a recipe's flags describe; what is missing or has no elastic layer is added to `faults`."""
-    needed = [*_SIZES.values(), "hybrid-layer-pattern", "vocab-size"]
+    pattern = str(flags.get("hybrid-layer-pattern", "")).replace("|", "")
+    fields = ["hidden", *(field for kind in _NEEDED if kind in pattern for field in _NEEDED[kind])]
+    needed = [*(_SIZES[field] for field in fields), "hybrid-layer-pattern", "vocab-size"]
+    # Core's parser asks for this one whatever the layers are.
+    needed += [] if "num-attention-heads" in needed else ["num-attention-heads"]
+    if "E" in pattern and "moe-shared-expert-intermediate-size" in flags:
+        fields.append("shared_expert_ffn")
     missing = [flag for flag in needed if flag not in flags]
     optional = ("num-query-groups", "kv-channels", "make-vocab-size-divisible-by", "tensor-model-parallel-size")
-    numbers = [flag for flag in (*needed, *optional) if flag in flags and flag != "hybrid-layer-pattern"]
-    bad = [flag for flag in numbers if not isinstance(flags[flag], int) or flags[flag] < 1]
+    numbers = [flag for flag in (*needed, *optional, _SIZES["shared_expert_ffn"]) if flag in flags]
+    bad = [
+        flag
+        for flag in dict.fromkeys(numbers)
+        if flag != "hybrid-layer-pattern" and (type(flags[flag]) is not int or flags[flag] < 1)
+    ]
     faults.extend(f"megatron.{flag}: required, it is part of the parent's shape" for flag in missing)
     faults.extend(f"megatron.{flag}: {flags[flag]!r} must be a whole number, at least 1" for flag in bad)
     if missing or bad:
         return None
-    heads = flags["num-attention-heads"]
-    groups = flags.get("num-query-groups", heads) if flags.get("group-query-attention") else heads
+    attention: dict[str, int] = {}
+    if "*" in pattern:
+        heads = flags["num-attention-heads"]
+        groups = flags.get("num-query-groups", heads) if flags.get("group-query-attention") else heads
+        attention = {"query_groups": groups, "head_dim": flags.get("kv-channels", flags["hidden-size"] // heads)}
     shape = ModelShape(
-        pattern=str(flags["hybrid-layer-pattern"]).replace("|", ""),
+        pattern=pattern,
         vocab=padded_vocabulary(flags),
-        query_groups=groups,
-        head_dim=flags.get("kv-channels", flags["hidden-size"] // heads),
-        **{name: flags[flag] for name, flag in _SIZES.items()},
+        expert_bias="E" in pattern and bool(flags.get("moe-router-enable-expert-bias")),
+        gated=bool(flags.get("swiglu")),
+        **attention,
+        **{field: flags[_SIZES[field]] for field in fields},
     )
     found = shape.faults()
     faults.extend(f"megatron: {fault}" for fault in found)
@@ -217,14 +244,19 @@ def model_shape(flags: Mapping[str, Any], faults: list[str]) -> ModelShape | Non
 
 
 def shape_flags(shape: ModelShape, flags: Mapping[str, Any]) -> dict[str, Any]:
-    """The flags that build a model of another shape (a submodel) with everything else as in `flags`."""
-    changed = {
-        **{flag: getattr(shape, name) for name, flag in _SIZES.items()},
-        "kv-channels": shape.head_dim,
-        "num-query-groups": shape.query_groups,
-        "group-query-attention": True,
-        "hybrid-layer-pattern": shape.pattern,
-    }
+    """The flags that build a model of another shape (a submodel) with everything else as in `flags`.
+
+    Where layers differ in size a flag has the largest; the shape itself says the rest.
+    """
+    changed: dict[str, Any] = {"hybrid-layer-pattern": shape.pattern}
+    for field, flag in _SIZES.items():
+        size = getattr(shape, field)
+        if size:
+            changed[flag] = max(size) if isinstance(size, tuple) else size
+    if "*" in shape.pattern:
+        changed.update(
+            {"kv-channels": shape.head_dim, "num-query-groups": shape.query_groups, "group-query-attention": True}
+        )
     return {**flags, **changed}
 
 

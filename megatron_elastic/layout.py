@@ -17,6 +17,11 @@ from megatron_elastic.axes import (
     layer_kinds,
 )
 
+LAYER = "decoder.layers."
+"""Beginning of the names of what belongs to a layer; its number follows."""
+BUFFERS = (".expert_bias",)
+"""Ends of the names of what is stored beside parameters, and counted as none."""
+
 Size = int | tuple[int, ...]
 """Entries of an axis: one number, or one for every layer that has the axis where layers differ."""
 
@@ -77,8 +82,13 @@ class ModelShape:
 
     @property
     def full(self) -> dict[str, Any]:
-        """Full size of every axis that the model has; of `depth` the number of layers."""
-        return {axis: len(self.pattern) if axis == "depth" else getattr(self, axis) for axis in self.axes}
+        """Full size of every axis that the model has, without `depth`."""
+        return {axis: getattr(self, axis) for axis in self.axes if axis != "depth"}
+
+    @property
+    def choices(self) -> dict[str, tuple[int, ...]]:
+        """The choices of a model of which nothing is narrowed: full sizes, and all layers."""
+        return {**{axis: (size,) for axis, size in self.full.items()}, "depth": (len(self.pattern),)}
 
     @property
     def uniform(self) -> bool:
@@ -171,6 +181,11 @@ class ModelShape:
             "shared_expert_ffn": (ffn_blocks, False),
         }
         return {axis: BlockOrder(getattr(self, axis), *made[axis]) for axis in self.axes if axis != "depth"}
+
+
+def layer_number(name: str) -> int | None:
+    """Number of the layer that a parameter belongs to; None for those of no layer."""
+    return int(name.removeprefix(LAYER).split(".")[0]) if name.startswith(LAYER) else None
 
 
 def smallest(size: Size) -> int:

@@ -17,9 +17,9 @@ KEY = "elastic.metadata"
 """Name of the metadata tensor in a checkpoint."""
 ROUTER_PREFIX = "elastic.router."
 """Beginning of the router's names in a checkpoint."""
-SCHEMA = 2
-"""Written; schema 1, which had no `budget_mode`, is read too."""
-CAPACITY = 1 << 16
+SCHEMA = 3
+"""Written; 1 (without `budget_mode`) and 2 (four axes, alike in all layers) are read too."""
+CAPACITY = 1 << 17
 """Bytes reserved: a fixed size, so that the tensor's shape does not depend on what it says."""
 
 
@@ -30,9 +30,11 @@ class Metadata:
     Attributes:
         kind: `sorted`, `family` or `extracted`.
         shape: of the weights in this checkpoint.
-        ffn_blocks: blocks of the `ffn` axis; the other axes' blocks follow from the shape.
+        ffn_blocks, expert_blocks: see `ModelShape.orders`; the other axes' blocks follow from the shape.
+        depth_ranking: layer numbers, least important first, where the layers were ranked.
         flags: Megatron's own model flags (without dashes), enough to build the model.
         choices: axis -> descending choices (families only).
+        heterogeneous: axes whose choice may differ between layers (families only).
         budgets: largest first (families only).
         selections: one per budget when decided, else empty.
         budget_mode: `joint` or `sampled` (families only): decides how many samples Megatron counts for a base sample.
@@ -44,8 +46,11 @@ class Metadata:
     kind: str
     shape: ModelShape
     ffn_blocks: int
+    expert_blocks: int = 1
+    depth_ranking: tuple[int, ...] = ()
     flags: Mapping[str, Any]
     choices: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    heterogeneous: tuple[str, ...] = ()
     budgets: tuple[Budget, ...] = ()
     selections: tuple[Selection, ...] = ()
     budget_mode: str = "joint"
@@ -68,12 +73,28 @@ class Metadata:
             kind="family",
             shape=family.shape,
             ffn_blocks=family.ffn_blocks,
+            expert_blocks=family.expert_blocks,
+            depth_ranking=family.depth_ranking,
             flags=flags,
             choices=dict(family.choices),
+            heterogeneous=family.heterogeneous,
             budgets=family.budgets,
             selections=selections,
             stage=stage,
             budget_mode=budget_mode,
+        )
+
+    @property
+    def family(self) -> Family:
+        """The family that a checkpoint of kind `family` describes."""
+        return Family(
+            shape=self.shape,
+            ffn_blocks=self.ffn_blocks,
+            expert_blocks=self.expert_blocks,
+            choices=self.choices,
+            heterogeneous=self.heterogeneous,
+            depth_ranking=self.depth_ranking,
+            budgets=self.budgets,
         )
 
     def to_json(self) -> str:
@@ -99,6 +120,8 @@ class Metadata:
         try:
             values["shape"] = ModelShape.from_dict(values["shape"])
             values["choices"] = {axis: tuple(sizes) for axis, sizes in values["choices"].items()}
+            for name in ("heterogeneous", "depth_ranking"):
+                values[name] = tuple(values.get(name, ()))
             values["budgets"] = tuple(Budget(**budget) for budget in values["budgets"])
             values["selections"] = tuple(Selection.from_dict(kept) for kept in values["selections"])
             return cls(**values)
@@ -133,7 +156,10 @@ class Metadata:
     def same_family(self, other: "Metadata") -> list[str]:
         """What makes a checkpoint another family than this one (empty when it is the same)."""
         found = []
-        for name in ("kind", "shape", "ffn_blocks", "choices", "budgets", "budget_mode"):
+        for name in (
+            *("kind", "shape", "ffn_blocks", "expert_blocks", "choices", "heterogeneous", "depth_ranking"),
+            *("budgets", "budget_mode"),
+        ):
             mine, theirs = getattr(self, name), getattr(other, name)
             if mine != theirs:
                 found.append(f"{name}: the recipe has {mine}, the checkpoint {theirs}")

@@ -7,9 +7,8 @@ from typing import Any
 import torch
 from megatron.training import get_tensorboard_writer, get_wandb_writer
 
-from megatron_elastic.axes import AXES
 from megatron_elastic.config import Recipe
-from megatron_elastic.cost_model import forward_flops_per_token, parameters
+from megatron_elastic.cost_model import forward_flops_per_token
 from megatron_elastic.metadata import Metadata
 
 
@@ -29,7 +28,8 @@ def joint_flops_per_token(
     shape, budgets = recipe.family.shape, len(recipe.family.budgets)
     full = forward_flops_per_token(shape, shape.full, sequence_length)
     kept = metadata.selections or (recipe.family.full,) * budgets
-    students = [forward_flops_per_token(shape, s.as_dict(), sequence_length) for s in kept]
+    layers = len(shape.pattern)
+    students = [forward_flops_per_token(shape, s.sizes, sequence_length, s.gates(layers)) for s in kept]
     if recipe.budget_mode == "sampled":
         return full + 3 * sum(share * flops for share, flops in zip(weights, students, strict=True))
     return full + (budgets - 1) * 2 * shape.vocab * shape.hidden + 3 * sum(students)
@@ -84,18 +84,20 @@ class StepLog:
         router, values = trainer.router, {}
         with torch.no_grad():
             for index, budget in enumerate(router.budgets):
-                made = {axis: router.probabilities(index, axis, iteration, noise=False) for axis in AXES}
-                for axis in AXES:
-                    for choice, probability in zip(router.choices[axis], made[axis].tolist(), strict=True):
+                made = {axis: router.probabilities(index, axis, iteration, noise=False) for axis in router.nets}
+                fixed = {axis: router.probabilities(index, axis, iteration) for axis in set(router.choices) - set(made)}
+                for axis, probabilities in made.items():
+                    for choice, probability in zip(router.choices[axis], probabilities.mean(0).tolist(), strict=True):
                         values[f"router/{budget.name}/{axis}/{choice}"] = probability
-                values[f"router/{budget.name}/cost_over_target"] = router.expected_cost(index, made).item()
+                values[f"router/{budget.name}/cost_over_target"] = router.expected_cost(index, {**made, **fixed}).item()
         self.write(values, iteration)
 
     def decided(self, iteration: int, metadata: Metadata) -> None:
         """Called once, when the router is frozen."""
-        shape = metadata.shape
-        parent = parameters(shape, shape.full)
+        family = self.recipe.family
         self._say(f"elastic | iteration {iteration} | the router is frozen; training goes on sliced")
         for budget, selection in zip(metadata.budgets, metadata.selections, strict=True):
-            share = parameters(shape, selection.as_dict()) / parent
-            self._say(f"elastic |   {budget.name}: {selection.as_dict()} = {share:.4f} of {parent} parameters")
+            parent = family.full_cost(budget.unit)
+            share = family.selection_cost(selection, budget.unit) / parent
+            unit = budget.unit.replace("_", " ")
+            self._say(f"elastic |   {budget.name}: {selection.as_dict()} = {share:.4f} of {parent:g} {unit}")

@@ -18,6 +18,7 @@ from megatron_elastic.budget import Selection
 from megatron_elastic.errors import CheckpointError
 from megatron_elastic.family import Family
 from megatron_elastic.layers.linear import ElasticLMHead, TeacherTarget
+from megatron_elastic.layers.moe_role import MoeRole
 from megatron_elastic.layers.packing import documents_of_any
 from megatron_elastic.metadata import ROUTER_PREFIX, Metadata
 from megatron_elastic.router import RouterTrainer
@@ -133,6 +134,7 @@ class ElasticHybridModel(HybridModel):
         selection: Selection | None = None,
         probabilities: Mapping[str, Tensor] | None = None,
         documents: Tensor | None = None,
+        moe: MoeRole | None = None,
     ) -> Tensor:
         """Everything but the LM head: tokens `[b, s]` -> `[s, b, kept hidden]` (`[s / TP, ...]` with SP)."""
         x = self.embedding(input_ids=input_ids, position_ids=position_ids) if self.pre_process else None
@@ -142,10 +144,11 @@ class ElasticHybridModel(HybridModel):
             rotary = self.rotary_pos_emb(length)
         tp_size = self.pg_collection.tp.size()
         if probabilities is not None and tp_size > 1 and not self.config.sequence_parallel:
-            scaled = _ScaleGradient.apply(probabilities["hidden"], 1.0 / tp_size)
-            probabilities = {**probabilities, "hidden": scaled}
+            # Masks of the residual stream, which every rank of the group holds whole.
+            scaled = {axis: _ScaleGradient.apply(probabilities[axis], 1.0 / tp_size) for axis in ("hidden", "depth")}
+            probabilities = {**probabilities, **scaled}
         output: Tensor = self.decoder(
-            x, rotary, selection=selection, probabilities=probabilities, documents=documents
+            x, rotary, selection=selection, probabilities=probabilities, documents=documents, moe=moe
         )
         return output
 
@@ -166,6 +169,7 @@ class ElasticHybridModel(HybridModel):
         loss_mask: Tensor | None = None,
         temperature: float = 1.0,
         documents: Tensor | None = None,
+        moe: MoeRole | None = None,
         packed_seq_params: PackedSeqParams | None = None,
     ) -> Tensor:
         """One microbatch in one role.
@@ -178,8 +182,8 @@ class ElasticHybridModel(HybridModel):
             position_ids: `[b, s]`.
             attention_mask: refused; attention is causal.
             selection: runs the slice of this selection.
-            probabilities: axis -> `[choices]` fp32: runs under soft masks. By keyword, so that mixed precision leaves
-                it be.
+            probabilities: axis -> `[uses, choices]` fp32: runs under soft masks. By keyword, so that mixed precision
+                leaves it be.
             run_teacher: runs the frozen teacher instead and returns its final hidden states.
             teacher: on the last stage, returns the summed KD loss against it.
             labels: `[b, s]`: on the last stage, returns the summed cross entropy (no gradient).
@@ -188,6 +192,7 @@ class ElasticHybridModel(HybridModel):
             documents: number of each token's document, `[b, s * CP]`, of the whole sequence in the order of the text
                 and not decreasing: no token sees another document. The same on every rank and stage. None: a row is one
                 document.
+            moe: part of this microbatch in the balance of experts; None in evaluation.
             packed_seq_params: the same in Megatron's terms; not together with `documents`.
 
         Returns:
@@ -206,7 +211,12 @@ class ElasticHybridModel(HybridModel):
         if run_teacher:
             return self._teacher_forward(input_ids, position_ids, documents)
         hidden = self.trunk(
-            input_ids, position_ids, selection=selection, probabilities=probabilities, documents=documents
+            input_ids,
+            position_ids,
+            selection=selection,
+            probabilities=probabilities,
+            documents=documents,
+            moe=moe,
         )
         if not self.post_process:
             return hidden

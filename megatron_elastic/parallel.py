@@ -12,6 +12,7 @@ class Ranks(NamedTuple):
 
     Attributes:
         tp, cp: tensor- and context-parallel size.
+        ep, etp: expert-parallel and expert tensor-parallel size.
         copy: ranks of one copy.
         tokens: a sequence's length must be a multiple of this.
     """
@@ -20,6 +21,8 @@ class Ranks(NamedTuple):
     cp: int
     copy: int
     tokens: int
+    ep: int = 1
+    etp: int = 1
 
 
 def length_fault(length: int, ranks: Ranks) -> str | None:
@@ -34,18 +37,22 @@ def length_fault(length: int, ranks: Ranks) -> str | None:
 
 def ranks_of(megatron: Mapping[str, Any], faults: list[str]) -> Ranks:
     """How the flags split one copy of the model."""
-    sizes = []
-    for name in ("tensor-model-parallel-size", "pipeline-model-parallel-size", "context-parallel-size"):
-        size = megatron.get(name, 1)
+    sizes: list[int] = []
+    for name in (
+        *("tensor-model-parallel-size", "pipeline-model-parallel-size", "context-parallel-size"),
+        *("expert-model-parallel-size", "expert-tensor-parallel-size"),
+    ):
+        # Experts are split over as many tensor-parallel ranks as the rest where nothing else is said.
+        size = megatron.get(name, sizes[0] if name.startswith("expert-tensor") else 1)
         if not isinstance(size, int) or isinstance(size, bool) or size < 1:
             if not name.startswith("tensor"):  # that one is part of the shape, and judged with it
                 faults.append(f"megatron.{name}: {size!r} must be a whole number, at least 1")
             size = 1
         sizes.append(size)
-    tp, pp, cp = sizes
+    tp, pp, cp, ep, etp = sizes
     slices = 2 * cp if cp > 1 else 1
     parts = tp * cp if megatron.get("sequence-parallel") else 1
-    return Ranks(tp=tp, cp=cp, copy=tp * pp * cp, tokens=lcm(slices, parts))
+    return Ranks(tp=tp, cp=cp, copy=tp * pp * cp, tokens=lcm(slices, parts), ep=ep, etp=etp)
 
 
 def interleaving_faults(

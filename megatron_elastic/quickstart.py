@@ -205,6 +205,7 @@ class Job:
             out,
             shape=family.shape,
             ffn_blocks=family.ffn_blocks,
+            expert_blocks=family.expert_blocks,
             flags=self.recipe.megatron,
             selection=self.family.selection_of(name),
             orders=None if seed is None else random_orders(family.layout, seed),
@@ -227,7 +228,7 @@ class Job:
             begin, end = position.tracked(self.scratch_run), self.recipe.iterations_before(number + 1)
             with position.stops(self.scratch_run, begin, end, self.recipe.iterations_before(len(stages) + 1)):
                 run_ranks(words, ranks=self.ranks, what=f"stage {number} from scratch", log=log)
-        shape = self.recipe.family.shape.resized(self.family.selection_of(name).as_dict())
+        shape = self.family.selection_of(name).submodel(self.recipe.family.shape)
         cut(
             self.scratch_run,
             self.scratch,

@@ -9,16 +9,17 @@ import hashlib
 import struct
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_elastic.axes import AXES
-from megatron_elastic.budget import Budget, Selection
-from megatron_elastic.cost_model import parameters, selections
+from megatron_elastic.budget import Selection
+from megatron_elastic.decision import decide
 from megatron_elastic.errors import ElasticError
-from megatron_elastic.layout import ModelShape
+from megatron_elastic.family import Family
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +38,8 @@ class RouterConfig:
         penalty: weight of the budget penalty (lambda).
         dead_zone: relative deviation from the target that costs nothing.
         tolerance: relative deviation from the target that a decided selection may have.
+        hard_share: share of the steps, in [0, 1], on which a budget runs under its most probable hard mask instead of
+            the soft mix; the gradient is that of the soft probabilities (straight-through).
         seed: of the initial weights and of the noise.
         check_interval: optimizer steps between two comparisons of the router over all ranks; 0 never compares.
     """
@@ -52,6 +55,7 @@ class RouterConfig:
     penalty: float = 1.0
     dead_zone: float = 0.0
     tolerance: float = 0.02
+    hard_share: float = 0.0
     seed: int = 1234
     check_interval: int = 100
 
@@ -74,6 +78,12 @@ class RouterConfig:
         return self.learning_rate * min(1.0, (step + 1) / max(1, self.warmup))
 
 
+def _generator(*coordinates: int) -> torch.Generator:
+    """Random numbers as a pure function of coordinates: the same on every rank and after every resume."""
+    digest = hashlib.blake2b(struct.pack(f"<{len(coordinates)}q", *coordinates), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+
+
 def gumbel_noise(size: int, *, seed: int, step: int, budget: int, axis: str, draw: int = 0, layer: int = 0) -> Tensor:
     """Gumbel(0, 1) noise as a pure function of its coordinates: the same on every rank, independent between axes.
 
@@ -84,39 +94,32 @@ def gumbel_noise(size: int, *, seed: int, step: int, budget: int, axis: str, dra
         budget: index of the budget.
         axis: name of the axis.
         draw: 0, or the global base-sample index where every sample draws its own.
-        layer: layer number where the axis is heterogeneous.
+        layer: which layer of those that have the axis, where it is heterogeneous.
 
     Returns:
         `[size]` fp32 on the CPU.
     """
-    coordinates = struct.pack("<6q", seed, step, draw, budget, AXES.index(axis), layer)
-    digest = hashlib.blake2b(coordinates, digest_size=8).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+    generator = _generator(seed, step, draw, budget, AXES.index(axis), layer)
     uniform = torch.rand(size, generator=generator, dtype=torch.float64).clamp_(1e-12, 1 - 1e-12)
     return -torch.log(-torch.log(uniform)).float()
 
 
 class Router(torch.nn.Module):
-    """Budget -> probabilities of the choices of every axis."""
+    """Budget -> probabilities of the choices of every axis, `[uses, choices]`: one use, or one a layer."""
 
-    def __init__(
-        self,
-        config: RouterConfig,
-        *,
-        shape: ModelShape,
-        choices: Mapping[str, Sequence[int]],
-        budgets: Sequence[Budget],
-    ) -> None:
+    def __init__(self, config: RouterConfig, family: Family) -> None:
         super().__init__()
-        self.config, self.shape, self.budgets = config, shape, tuple(budgets)
-        self.choices = {axis: tuple(choices[axis]) for axis in AXES}
+        self.config, self.family, self.budgets = config, family, family.budgets
+        self.choices = {axis: family.choices[axis] for axis in family.axes}
         self.nets = torch.nn.ModuleDict()
         generator = torch.Generator().manual_seed(config.seed)
-        for axis in AXES:
+        for axis, choices in self.choices.items():
+            if len(choices) == 1:
+                continue  # nothing to choose
             net = torch.nn.Sequential(
                 torch.nn.Linear(len(self.budgets), config.width, device="meta", dtype=torch.float32),
                 torch.nn.LeakyReLU(0.1),
-                torch.nn.Linear(config.width, len(self.choices[axis]), device="meta", dtype=torch.float32),
+                torch.nn.Linear(config.width, family.uses(axis) * len(choices), device="meta", dtype=torch.float32),
             )
             # Made without storage first: the layers' own initial weights would come from the global generator.
             net.to_empty(device="cpu")
@@ -126,47 +129,91 @@ class Router(torch.nn.Module):
                     if parameter.dim() == 2:
                         parameter.normal_(0.0, config.std, generator=generator)
             self.nets[axis] = net
+        # A router of a family without any choice has no parameter to ask for its device.
+        self.register_buffer("anchor", torch.zeros(()), persistent=False)
+        self.anchor: Tensor
+
+    @property
+    def device(self) -> torch.device:
+        """Where it is."""
+        return self.anchor.device
 
     def pinned(self, budget: int) -> bool:
         """Whether a budget is the full one, which always selects everything."""
         return self.budgets[budget].fraction >= 1.0
 
-    def logits(self, budget: int, axis: str, step: int) -> Tensor:
-        """Scaled logits of the choices, `[choices]`."""
-        net = self.nets[axis]
-        weight = next(net.parameters())
-        one_hot = torch.zeros(len(self.budgets), dtype=weight.dtype, device=weight.device)
-        one_hot[budget] = 1.0
-        logits: Tensor = net(one_hot) * self.config.scale_at(step)
-        return logits
+    def logits(self, mix: Mapping[int, float], axis: str, step: int) -> Tensor:
+        """Scaled logits of the choices, `[uses, choices]`.
 
-    def probabilities(self, budget: int, axis: str, step: int, *, noise: bool = True) -> Tensor:
-        """Gumbel-softmax probabilities of the choices, `[choices]` (eq 11); certain of the full size where pinned."""
-        if self.pinned(budget):
-            full = torch.zeros(len(self.choices[axis]), device=next(self.parameters()).device)
-            full[0] = 1.0
-            return full
-        logits = self.logits(budget, axis, step)
-        if noise:
-            gumbel = gumbel_noise(len(logits), seed=self.config.seed, step=step, budget=budget, axis=axis)
-            logits = logits + gumbel.to(logits.device)
+        Args:
+            mix: weight of each budget in the input: one of them, or two where a size between them is asked for.
+            axis: with more than one choice.
+            step: optimizer step.
+        """
+        vector = torch.zeros(len(self.budgets), device=self.device)
+        for budget, weight in mix.items():
+            vector[budget] = weight
+        found: Tensor = self.nets[axis](vector).view(self.family.uses(axis), -1) * self.config.scale_at(step)
+        if not all(self.budgets[budget].heterogeneous for budget in mix):
+            # A homogeneous budget of a heterogeneous family: all layers decide together.
+            found = found.mean(0, keepdim=True).expand_as(found)
+        return found
+
+    def _soft(self, mix: Mapping[int, float], axis: str, step: int, noise: int | None) -> Tensor:
+        uses = self.family.uses(axis)
+        if len(self.choices[axis]) == 1:
+            return torch.ones(uses, 1, device=self.device)
+        logits = self.logits(mix, axis, step)
+        if noise is not None:
+            apart = self.budgets[noise].heterogeneous
+            rows = [
+                gumbel_noise(
+                    logits.size(1), seed=self.config.seed, step=step, budget=noise, axis=axis, layer=use * apart
+                )
+                for use in range(uses)
+            ]
+            logits = logits + torch.stack(rows).to(logits.device)
         return torch.softmax(logits / self.config.temperature_at(step), dim=-1)
 
+    def probabilities(self, budget: int, axis: str, step: int, *, noise: bool = True) -> Tensor:
+        """Gumbel-softmax probabilities, `[uses, choices]` (eq 11); certain of the full size where it is pinned."""
+        if self.pinned(budget):
+            full = torch.zeros(self.family.uses(axis), len(self.choices[axis]), device=self.device)
+            full[:, 0] = 1.0
+            return full
+        return self._soft({budget: 1.0}, axis, step, budget if noise else None)
+
+    def is_hard(self, budget: int, step: int) -> bool:
+        """Whether a budget runs under a hard mask on a step: a draw that every rank makes alike."""
+        share = self.config.hard_share
+        # One more coordinate than the noise has: another stream.
+        return share > 0.0 and bool(torch.rand((), generator=_generator(self.config.seed, step, budget)) < share)
+
     def expected_cost(self, budget: int, probabilities: Mapping[str, Tensor]) -> Tensor:
-        """Parameters at the expected size of every axis, as a share of the budget's target (0-dim)."""
-        sizes = {
-            axis: probabilities[axis].double() @ torch.tensor(self.choices[axis], dtype=torch.float64).to(
-                probabilities[axis].device
-            )
-            for axis in AXES
-        }
-        target = self.budgets[budget].fraction * parameters(self.shape, self.shape.full)
-        return parameters(self.shape, sizes) / target
+        """Cost in the budget's unit at the expected size of every axis, as a share of the budget's target (0-dim)."""
+        family, target = self.family, self.budgets[budget]
+        sizes: dict[str, list[Tensor] | Tensor] = {}
+        for axis, choices in self.choices.items():
+            expected = probabilities[axis].double() @ torch.tensor(choices, dtype=torch.float64, device=self.device)
+            sizes[axis] = list(expected) if len(expected) > 1 else expected[0]
+        gates: list[Tensor] | None = None
+        if len(self.choices["depth"]) > 1:
+            kept = [family.select({**family.full.sizes, "depth": depth}) for depth in self.choices["depth"]]
+            table = torch.tensor([s.gates(len(family.shape.pattern)) for s in kept], dtype=torch.float64)
+            gates = list(probabilities["depth"][0].double() @ table.to(self.device))
+        cost: Tensor = family.cost(sizes, gates, target.unit)
+        return cost / (target.fraction * family.full_cost(target.unit))
 
     def penalty(self, budget: int, probabilities: Mapping[str, Tensor]) -> Tensor:
         """Deviation from the target outside the dead zone, `|cost / target - 1|` (0-dim)."""
         deviation = (self.expected_cost(budget, probabilities) - 1.0).abs()
         return (deviation - self.config.dead_zone).clamp(min=0.0)
+
+    def _scores(self, mix: Mapping[int, float], step: int) -> dict[str, list[list[float]]]:
+        """Log-probability of every choice without noise: axis -> use -> choice."""
+        return {
+            axis: self._soft(mix, axis, step, None).log().clamp(min=-1e4).double().tolist() for axis in self.choices
+        }
 
     @torch.no_grad()
     def decide(self, step: int) -> tuple[Selection, ...]:
@@ -176,30 +223,41 @@ class Router(torch.nn.Module):
         than in the next larger budget) before others. Deterministic, the same on every rank.
         """
         decided: list[Selection] = []
-        parent = parameters(self.shape, self.shape.full)
-        every = [(s, parameters(self.shape, s.as_dict())) for s in selections(self.choices)]
         for index, budget in enumerate(self.budgets):
-            target = budget.fraction * parent
-            scores = {
-                axis: dict(
-                    zip(
-                        self.choices[axis],
-                        self.probabilities(index, axis, step, noise=False).log().clamp(min=-1e4).tolist(),
-                        strict=True,
-                    )
-                )
-                for axis in AXES
-            }
-            within = [s for s, cost in every if abs(cost / target - 1.0) <= self.config.tolerance]
-            if self.pinned(index) or not within:
-                within = [min(every, key=lambda pair: abs(pair[1] / target - 1.0))[0]]
-
-            def rank(selection: Selection, scores: dict[str, dict[int, float]] = scores) -> tuple[bool, float]:
-                nested = not decided or selection.within(decided[-1])
-                return nested, sum(scores[axis][size] for axis, size in selection.as_dict().items())
-
-            decided.append(max(within, key=rank))
+            if self.pinned(index):
+                decided.append(self.family.full)
+                continue
+            outer = decided[-1] if decided else self.family.full
+            scores = self._scores({index: 1.0}, step)
+            decided.append(decide(self.family, budget, scores, self.config.tolerance, outer))
         return tuple(decided)
+
+    @torch.no_grad()
+    def decide_between(self, fraction: float, step: int) -> Selection:
+        """The selection of a size that was not trained: the router's input lies between those of its two neighbours.
+
+        Args:
+            fraction: share of the parent's cost, in the unit of the budgets around it.
+            step: optimizer step.
+
+        Raises:
+            ElasticError: the fraction is not between two budgets, or these have different units.
+        """
+        sizes = [budget.fraction for budget in self.budgets]
+        after = next((index for index, size in enumerate(sizes) if size <= fraction), 0)
+        if not sizes[-1] <= fraction <= sizes[0] or len(sizes) < 2:
+            raise ElasticError(f"fraction {fraction}: the budgets {sizes} reach from {sizes[-1]} to {sizes[0]}")
+        after = max(1, after)
+        larger, smaller = self.budgets[after - 1], self.budgets[after]
+        if larger.unit != smaller.unit and larger.fraction < 1.0:
+            raise ElasticError(
+                f"fraction {fraction}: its neighbours {larger.name} ({larger.unit}) and {smaller.name} "
+                f"({smaller.unit}) are measured in different units: ask for one of them"
+            )
+        weight = (fraction - smaller.fraction) / (larger.fraction - smaller.fraction)
+        wanted = replace(smaller, name=f"{fraction:g}", fraction=fraction)
+        scores = self._scores({after - 1: weight, after: 1.0 - weight}, step)
+        return decide(self.family, wanted, scores, self.config.tolerance, self.family.full)
 
 
 class RouterTrainer:
@@ -231,13 +289,15 @@ class RouterTrainer:
             budget: index of the budget.
 
         Returns:
-            axis -> `[choices]` fp32; gradients accumulate on them until `reduce`.
+            axis -> `[uses, choices]` fp32; gradients accumulate on them until `reduce`.
         """
         if step != self._step:
             self._leaves, self._step, self._pending = {}, step, None
         if budget not in self._leaves:
             with torch.no_grad():
-                made = {axis: self.router.probabilities(budget, axis, step) for axis in AXES}
+                made = {axis: self.router.probabilities(budget, axis, step) for axis in self.router.choices}
+                if self.router.is_hard(budget, step):
+                    made = {axis: F.one_hot(p.argmax(-1), p.size(-1)).to(p.dtype) for axis, p in made.items()}
             self._leaves[budget] = {axis: p.detach().requires_grad_() for axis, p in made.items()}
         return self._leaves[budget]
 
@@ -249,16 +309,16 @@ class RouterTrainer:
             group: the world, or None for a single process.
         """
         width = max(len(c) for c in self.router.choices.values())
-        rows = []
+        blocks = []
         for budget in range(len(self.router.budgets)):
-            for axis in AXES:
+            for axis in self.router.choices:
                 leaf = self._leaves.get(budget, {}).get(axis)
-                row = next(self.router.parameters()).new_zeros(width)
+                block = torch.zeros(self.router.family.uses(axis), width, device=self.router.device)
                 if leaf is not None and leaf.grad is not None:
-                    row[: leaf.numel()] = leaf.grad
+                    block[:, : leaf.size(1)] = leaf.grad
                     leaf.grad = None
-                rows.append(row)
-        stacked = torch.stack(rows)
+                blocks.append(block)
+        stacked = torch.cat(blocks)
         if group is not None and torch.distributed.get_world_size(group) > 1:
             torch.distributed.all_reduce(stacked, group=group)
         self._pending = stacked / tokens.to(stacked.device)
@@ -268,14 +328,16 @@ class RouterTrainer:
 
         Args:
             step: optimizer step.
-            gradients: of the KD loss in every probability, `[budgets * axes, choices]`.
+            gradients: of the KD loss in every probability, `[uses of all axes of all budgets, choices]`.
         """
         total = torch.zeros((), dtype=torch.float64, device=gradients.device)
+        start = 0
         for budget, weight in enumerate(self.weights):
-            made = {axis: self.router.probabilities(budget, axis, step) for axis in AXES}
-            for number, axis in enumerate(AXES):
-                row = gradients[budget * len(AXES) + number, : len(made[axis])]
-                total = total + (made[axis] * row).sum()
+            made = {axis: self.router.probabilities(budget, axis, step) for axis in self.router.choices}
+            for probabilities in made.values():
+                uses, choices = probabilities.shape
+                total = total + (probabilities * gradients[start : start + uses, :choices]).sum()
+                start += uses
             total = total + weight * self.router.config.penalty * self.router.penalty(budget, made)
         return total
 
@@ -312,7 +374,7 @@ class RouterTrainer:
             ElasticError: ranks disagree; raised on every rank.
         """
         ranks, mine = torch.distributed.get_world_size(group), torch.distributed.get_rank(group)
-        found = torch.zeros(ranks, dtype=torch.int64, device=next(self.router.parameters()).device)
+        found = torch.zeros(ranks, dtype=torch.int64, device=self.router.device)
         found[mine] = self.fingerprint()
         torch.distributed.all_reduce(found, group=group)
         kinds = Counter(found.tolist())

@@ -164,6 +164,7 @@ def sort_checkpoint(
     *,
     shape: ModelShape,
     ffn_blocks: int,
+    expert_blocks: int = 1,
     flags: Mapping[str, Any],
     orders: Orders,
     progress: bool = False,
@@ -174,7 +175,7 @@ def sort_checkpoint(
         source: checkpoint of the parent.
         out: folder for the sorted one; must not exist, or be empty.
         shape: of the parent.
-        ffn_blocks: blocks of the `ffn` axis.
+        ffn_blocks, expert_blocks: see `ModelShape.orders`.
         flags: Megatron's model flags, kept in the description.
         orders: as made by `orders_from_scores`.
         progress: whether to show bars.
@@ -197,9 +198,11 @@ def sort_checkpoint(
 
     return write_checkpoint(
         out,
-        {stored.name: lazy(stored) for stored in stored_tensors(path, Layout(shape, ffn_blocks))},
+        {stored.name: lazy(stored) for stored in stored_tensors(path, Layout(shape, ffn_blocks, expert_blocks))},
         common=common_state(path),
-        metadata=Metadata(kind="sorted", shape=shape, ffn_blocks=ffn_blocks, flags=flags),
+        metadata=Metadata(
+            kind="sorted", shape=shape, ffn_blocks=ffn_blocks, expert_blocks=expert_blocks, flags=flags
+        ),
         progress=progress,
     )
 
@@ -228,6 +231,7 @@ def sort_parent(
         out,
         shape=family.shape,
         ffn_blocks=family.ffn_blocks,
+        expert_blocks=family.expert_blocks,
         flags=recipe.megatron,
         orders=orders_from_scores(family.layout, Scores.load(scores)),
         progress=progress,

@@ -24,6 +24,8 @@ from megatron_elastic.errors import CheckpointError, ElasticError, RecipeError
 from megatron_elastic.family import Family
 from megatron_elastic.flags import LAYOUT_FLAGS, padded_vocabulary, to_argv
 from megatron_elastic.layers.plain import plain_stack_spec
+from megatron_elastic.layers.sized import sized_stack_spec
+from megatron_elastic.layout import ModelShape
 from megatron_elastic.model import ElasticHybridModel, ElasticModelBuilder, ElasticModelConfig
 from megatron_elastic.schedule import CPU_FLAGS, LOCAL_BACKEND_FLAGS
 
@@ -112,18 +114,21 @@ def _to[M: torch.nn.Module](model: M, dtype: torch.dtype) -> M:
     return model.cuda(torch.cuda.current_device())
 
 
-def build_plain_model(flags: Mapping[str, Any], dtype: torch.dtype = torch.float32) -> HybridModel:
+def build_plain_model(
+    flags: Mapping[str, Any], dtype: torch.dtype = torch.float32, shape: ModelShape | None = None
+) -> HybridModel:
     """Core's `HybridModel` on the local backend, whole, with initial weights; inside `single_process`.
 
     Args:
         flags: Megatron's model flags, without dashes in front; those of the layout and of training are left out.
         dtype: of the parameters and of the computation.
+        shape: of a model whose layers differ in size, which flags cannot say; None where they do not.
 
     Raises:
         RecipeError: Megatron refuses the flags.
     """
     config = hybrid_config_from_args(_arguments(flags, dtype), model_config_cls=HybridModelConfig)
-    config.hybrid_stack_spec = plain_stack_spec
+    config.hybrid_stack_spec = plain_stack_spec if shape is None or shape.uniform else sized_stack_spec(shape)
     model = HybridModelBuilder(config).build_model(ProcessGroupCollection.use_mpu_process_groups())
     return _to(model, dtype)
 

@@ -154,7 +154,7 @@ def make_router(recipe: Recipe, family: Family) -> Router | None:
     """The recipe's router, or None where it gives the selections."""
     if recipe.router is None:
         return None
-    return Router(recipe.router, shape=family.shape, choices=family.choices, budgets=family.budgets)
+    return Router(recipe.router, family)
 
 
 def train_stage(recipe: Recipe, number: int) -> None:

@@ -8,8 +8,9 @@ from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
-from megatron_elastic.family import SlicePlan
+from megatron_elastic.family import LayerPlan
 from megatron_elastic.layers.context_parallel import context_parallel_attention
+from megatron_elastic.layers.moe_role import MoeRole
 from megatron_elastic.layers.recompute import normed
 from megatron_elastic.masks import Masks
 
@@ -29,7 +30,7 @@ class ElasticSelfAttention(SelfAttention):
         hidden_states: Tensor,
         *,
         mask: Tensor | None = None,
-        plan: SlicePlan | None = None,
+        plan: LayerPlan | None = None,
         rotary_pos_emb: Tensor | None = None,
         documents: Tensor | None = None,
     ) -> Tensor:
@@ -44,7 +45,7 @@ class ElasticSelfAttention(SelfAttention):
             `[s, b, kept hidden]`.
         """
         segments = plan.segments if plan is not None else {}
-        heads = self.num_attention_heads_per_partition if plan is None else plan.attention_heads
+        heads = self.num_attention_heads_per_partition if plan is None else plan.sizes["attention_heads"]
         groups, width = self.num_query_groups_per_partition, self.hidden_size_per_attention_head
         qkv, _ = self.linear_qkv(hidden_states, segments=segments.get("self_attention.linear_qkv.weight"))
         packed = qkv.unflatten(-1, (groups, (heads // groups + 2) * width))
@@ -76,20 +77,21 @@ class ElasticAttentionLayer(TransformerLayer):
         hidden_states: Tensor,
         *,
         masks: Masks | None,
-        plan: SlicePlan | None,
+        plan: LayerPlan | None,
         rotary_pos_emb: Tensor | None = None,
         documents: Tensor | None = None,
+        moe: MoeRole | None = None,
     ) -> Tensor:
-        """`[s, b, kept hidden]` -> the same shape."""
+        """`[s, b, kept hidden]` -> the same shape. `moe` is not used."""
         segments = None if plan is None else plan.segments["input_layernorm.weight"]
 
         def norm(x: Tensor, width: Tensor | None) -> Tensor:
             return self.input_layernorm(x, width=width, segments=segments)
 
         def body(x: Tensor) -> Tensor:
-            mask = None if masks is None else masks.attention_heads
+            mask = None if masks is None else masks.axes["attention_heads"]
             return self.self_attention(x, mask=mask, plan=plan, rotary_pos_emb=rotary_pos_emb, documents=documents)
 
         width = None if masks is None else masks.hidden.sum()
         out = normed(norm, body, hidden_states, width, recompute=self.recompute_input_layernorm and self.training)
-        return hidden_states + (out if masks is None else out * masks.hidden)
+        return hidden_states + (out if masks is None else out * masks.residual)

@@ -4,7 +4,8 @@ from megatron.core.ssm.mamba_context_parallel import MambaContextParallel
 from megatron.core.ssm.mamba_layer import MambaLayer
 from torch import Tensor
 
-from megatron_elastic.family import SlicePlan
+from megatron_elastic.family import LayerPlan
+from megatron_elastic.layers.moe_role import MoeRole
 from megatron_elastic.layers.plain import LocalMambaMixer
 from megatron_elastic.masks import Masks
 from megatron_elastic.ops.sliced_parameter import sliced_parameter
@@ -18,14 +19,14 @@ class ElasticMambaMixer(LocalMambaMixer):
         hidden_states: Tensor,
         *,
         mask: Tensor | None = None,
-        plan: SlicePlan | None = None,
+        plan: LayerPlan | None = None,
         documents: Tensor | None = None,
     ) -> Tensor:
         """Args:
             hidden_states: normalised input, `[s, b, kept hidden]`, `s` being this rank's tokens.
-            mask: soft mask of the heads, `[heads / TP]`. It is applied once, where the heads' outputs meet (gated norm
-                and output projection): at one-hot a masked head adds exactly nothing, and no weight of it gets a
-                gradient.
+            mask: soft mask of the inner channels, `[inner / TP]`. It is applied once, where the heads' outputs meet
+                (gated norm and output projection): at one-hot a masked channel adds exactly nothing, and no weight of
+                it gets a gradient.
             plan: slice to run instead.
             documents: of the whole sequence, `[b, s * CP]`, or None.
 
@@ -37,14 +38,13 @@ class ElasticMambaMixer(LocalMambaMixer):
         zxbcdt, _ = self.in_proj(hidden_states, segments=segments.get("mixer.in_proj.weight"))
         y, z = self.scan(cp.pre_conv_ssm(zxbcdt), cp, documents)
         # The norm runs where a rank has all channels again: its groups, mask and weight are as without CP.
-        channels = None if mask is None else mask.repeat_interleave(self.headdim)
         gated = self.norm(
-            cp.post_conv_ssm(y), cp.post_conv_ssm(z), channels, segments=segments.get("mixer.norm.weight")
+            cp.post_conv_ssm(y), cp.post_conv_ssm(z), mask, segments=segments.get("mixer.norm.weight")
         )
         out, _ = self.out_proj(gated.contiguous(), segments=segments.get("mixer.out_proj.weight"))
         return out
 
-    def _sliced(self, plan: SlicePlan) -> MambaContextParallel:
+    def _sliced(self, plan: LayerPlan) -> MambaContextParallel:
         """Core's split of the mixer over context-parallel ranks, for the heads and parameters that a plan keeps."""
 
         def kept(name: str) -> Tensor:
@@ -52,8 +52,8 @@ class ElasticMambaMixer(LocalMambaMixer):
 
         return MambaContextParallel(
             cp_group=self.pg_collection.cp,
-            d_inner_local_tp=plan.mamba_heads * self.headdim,
-            nheads_local_tp=plan.mamba_heads,
+            d_inner_local_tp=plan.sizes["mamba_heads"] * plan.sizes["mamba_head_dim"],
+            nheads_local_tp=plan.sizes["mamba_heads"],
             ngroups_local_tp=self.ngroups_local_tp,
             d_state=self.d_state,
             conv1d_weight_cp1=kept("conv1d_weight"),
@@ -74,13 +74,15 @@ class ElasticMambaLayer(MambaLayer):
         hidden_states: Tensor,
         *,
         masks: Masks | None,
-        plan: SlicePlan | None,
+        plan: LayerPlan | None,
         rotary_pos_emb: Tensor | None = None,
         documents: Tensor | None = None,
+        moe: MoeRole | None = None,
     ) -> Tensor:
-        """`[s, b, kept hidden]` -> the same shape. `rotary_pos_emb` is not used."""
+        """`[s, b, kept hidden]` -> the same shape. `rotary_pos_emb` and `moe` are not used."""
         if masks is not None:
             normed = self.norm(hidden_states, width=masks.hidden.sum())
-            return hidden_states + self.mixer(normed, mask=masks.mamba_heads, documents=documents) * masks.hidden
+            channels = (masks.axes["mamba_heads"][:, None] * masks.axes["mamba_head_dim"]).flatten()
+            return hidden_states + self.mixer(normed, mask=channels, documents=documents) * masks.residual
         normed = self.norm(hidden_states, segments=None if plan is None else plan.segments["norm.weight"])
         return hidden_states + self.mixer(normed, plan=plan, documents=documents)

@@ -5,7 +5,8 @@ from megatron.core.ssm.mlp_layer import MLPLayer
 from megatron.core.transformer.mlp import MLP
 from torch import Tensor
 
-from megatron_elastic.family import SlicePlan
+from megatron_elastic.family import LayerPlan
+from megatron_elastic.layers.moe_role import MoeRole
 from megatron_elastic.layers.recompute import normed
 from megatron_elastic.masks import Masks
 
@@ -13,7 +14,7 @@ from megatron_elastic.masks import Masks
 class ElasticMLP(MLP):
     """Two linears around an elementwise activation, on all neurons, with a mask, or on a slice of them."""
 
-    def forward(self, hidden_states: Tensor, *, mask: Tensor | None = None, plan: SlicePlan | None = None) -> Tensor:
+    def forward(self, hidden_states: Tensor, *, mask: Tensor | None = None, plan: LayerPlan | None = None) -> Tensor:
         """Args:
             hidden_states: normalised input, `[s, b, kept hidden]`.
             mask: soft mask of the neurons, `[ffn / TP]`, on the activations.
@@ -39,22 +40,23 @@ class ElasticMLPLayer(MLPLayer):
         hidden_states: Tensor,
         *,
         masks: Masks | None,
-        plan: SlicePlan | None,
+        plan: LayerPlan | None,
         rotary_pos_emb: Tensor | None = None,
         documents: Tensor | None = None,
+        moe: MoeRole | None = None,
     ) -> Tensor:
-        """`[s, b, kept hidden]` -> the same shape. `rotary_pos_emb` and `documents` are not used."""
+        """`[s, b, kept hidden]` -> the same shape. `rotary_pos_emb`, `documents` and `moe` are not used."""
         segments = None if plan is None else plan.segments["pre_mlp_layernorm.weight"]
 
         def norm(x: Tensor, width: Tensor | None) -> Tensor:
             return self.pre_mlp_layernorm(x, width=width, segments=segments)
 
         def body(x: Tensor) -> Tensor:
-            mask = None if masks is None else masks.ffn
+            mask = None if masks is None else masks.axes["ffn"]
             if not self.recompute_mlp or not self.training:
                 return self.mlp(x, mask=mask, plan=plan)
             return tensor_parallel.checkpoint(lambda x, mask: self.mlp(x, mask=mask, plan=plan), False, x, mask)
 
         width = None if masks is None else masks.hidden.sum()
         out = normed(norm, body, hidden_states, width, recompute=self.recompute_pre_mlp_layernorm and self.training)
-        return hidden_states + (out if masks is None else out * masks.hidden)
+        return hidden_states + (out if masks is None else out * masks.residual)

@@ -201,7 +201,7 @@ class LocalMambaMixer(MambaMixer):
         x, B, C = xBC.split([width, states, states], dim=-1)
         dt_bias, A_log, D = map(at_least_fp32, (cp.get_dt_bias(), cp.get_A_log(), cp.get_D()))
         y = ssd(
-            x.unflatten(-1, (-1, self.headdim)),
+            x.unflatten(-1, (cp.nheads_local_tpcp, -1)),
             torch.nn.functional.softplus(at_least_fp32(dt) + dt_bias),
             -torch.exp(A_log),
             B.unflatten(-1, (cp.ngroups_local_tpcp, -1)),

@@ -7,6 +7,7 @@ instead would be another budget's by the time 1F1B runs a backward, or recompute
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from megatron.core import tensor_parallel
 from megatron.core.utils import make_viewless_tensor
@@ -14,9 +15,25 @@ from torch import Tensor
 
 from megatron_elastic.budget import Selection
 from megatron_elastic.family import Family, SlicePlan, SlicePlans
+from megatron_elastic.layers.moe_role import MoeRole
 from megatron_elastic.layers.norm import ElasticRMSNorm
 from megatron_elastic.layers.plain import LocalHybridStack
-from megatron_elastic.masks import Masks, MaskTables
+from megatron_elastic.masks import MaskTables
+from megatron_elastic.ops.unused import unused
+
+
+def _skip(layer: Any, x: Tensor) -> Tensor:
+    """A layer that is not run, as its owners see it: its weights were gathered, and get a gradient of nothing.
+
+    Data-parallel ranks may run different budgets. Their buckets must be gathered and reduced in one order all the
+    same, so the hooks that start a gather run here too, and every weight reports.
+    """
+    if not torch.is_grad_enabled():
+        return x
+    for module in layer.modules():
+        for hook in tuple(module._forward_pre_hooks.values()):
+            hook(module, ())
+    return unused(x, *layer.parameters())
 
 
 class ElasticStack(LocalHybridStack):
@@ -26,8 +43,9 @@ class ElasticStack(LocalHybridStack):
         super().__init__(config, submodules, *args, **kwargs)
         if self.post_process:
             self.final_norm = ElasticRMSNorm(config, config.hidden_size, config.layernorm_epsilon)
-        self.plans = SlicePlans(family, self.tp_group.size())
-        self.mask_tables = MaskTables(family.orders, family.choices, self.tp_group.size())
+        tp, ep, etp = (self.pg_collection.tp.size(), self.pg_collection.ep.size(), self.pg_collection.expt_tp.size())
+        self.plans = SlicePlans(family, tp, ep, etp)
+        self.mask_tables = MaskTables(family, tp, etp)
 
     def forward(
         self,
@@ -37,6 +55,7 @@ class ElasticStack(LocalHybridStack):
         selection: Selection | None = None,
         probabilities: Mapping[str, Tensor] | None = None,
         documents: Tensor | None = None,
+        moe: MoeRole | None = None,
     ) -> Tensor:
         """Runs this stage's layers.
 
@@ -44,8 +63,9 @@ class ElasticStack(LocalHybridStack):
             hidden_states: embeddings `[s, b, h]` on the first stage, else ignored for the received tensor.
             rotary_pos_emb: rotary table or None.
             selection: runs the slice of this selection.
-            probabilities: axis -> `[choices]`: runs at full width under soft masks. Neither: the plain parent.
+            probabilities: axis -> `[uses, choices]`: runs at full width under soft masks. Neither: the plain parent.
             documents: number of each token's document, `[b, s * CP]` in the order of the text; None for one document.
+            moe: part of this microbatch in the balance of experts.
 
         Returns:
             `[s, b, kept hidden]` after the final norm on the last stage, `[s, b, h]` (padded) before it.
@@ -61,10 +81,10 @@ class ElasticStack(LocalHybridStack):
         if plan is not None:
             x = x[..., : plan.hidden]
         elif mixed and self.pre_process:
-            x = x * mixed[0]
-        x = self._layers(x, mixed, plan, rotary_pos_emb, documents)
+            x = x * mixed[0][0]  # `hidden` is the first axis
+        x = self._layers(x, mixed, plan, moe, rotary_pos_emb, documents)
         if self.post_process and mixed:
-            x = self.final_norm(x, width=mixed[0].sum())
+            x = self.final_norm(x, width=mixed[0][0].sum())
         elif self.post_process:
             x = self.final_norm(x, segments=None if plan is None else plan.segments["decoder.final_norm.weight"])
         elif plan is not None and plan.hidden < self.config.hidden_size:
@@ -72,12 +92,21 @@ class ElasticStack(LocalHybridStack):
             x = F.pad(x, (0, self.config.hidden_size - plan.hidden))
         return make_viewless_tensor(inp=x, requires_grad=x.requires_grad, keep_graph=True)
 
-    def _run(self, numbers: Sequence[int], plan: SlicePlan | None, x: Tensor, *rest: Tensor | None) -> Tensor:
-        rotary, documents, *mixed = rest
+    def _run(
+        self, numbers: Sequence[int], plan: SlicePlan | None, moe: MoeRole | None, x: Tensor, *rest: Tensor | None
+    ) -> Tensor:
+        rotary, documents, *given = rest
         # Rotary embeddings and documents may be absent: masks come all together or not at all.
-        masks = Masks(*(mask for mask in mixed if mask is not None)) if mixed else None
+        mixed = [mask for mask in given if mask is not None]
         for number in numbers:
-            x = self.layers[number](x, masks=masks, plan=plan, rotary_pos_emb=rotary, documents=documents)
+            layer = self.layers[number]
+            position = layer.layer_number - 1  # in the whole model
+            own = None if plan is None else plan.layers[position]
+            if own is not None and own.skipped:
+                x = _skip(layer, x)
+                continue
+            masks = self.mask_tables.of_layer(mixed, position) if mixed else None
+            x = layer(x, masks=masks, plan=own, rotary_pos_emb=rotary, documents=documents, moe=moe)
         return x
 
     def _layers(
@@ -85,19 +114,20 @@ class ElasticStack(LocalHybridStack):
         x: Tensor,
         mixed: Sequence[Tensor],
         plan: SlicePlan | None,
+        moe: MoeRole | None,
         rotary: Tensor | None,
         documents: Tensor | None,
     ) -> Tensor:
         config, count, rest = self.config, len(self.layers), (rotary, documents, *mixed)
         if config.recompute_granularity != "full" or not self.training:
-            return self._run(range(count), plan, x, *rest)
+            return self._run(range(count), plan, moe, x, *rest)
         size = config.recompute_num_layers if config.recompute_method == "uniform" else 1
         checkpointed = count if config.recompute_method == "uniform" else min(count, config.recompute_num_layers)
         for start in range(0, checkpointed, size):
             numbers = range(start, min(start + size, checkpointed))
 
             def replay(x: Tensor, *rest: Tensor | None, numbers: range = numbers) -> Tensor:
-                return self._run(numbers, plan, x, *rest)
+                return self._run(numbers, plan, moe, x, *rest)
 
             x = tensor_parallel.checkpoint(replay, config.distribute_saved_activations, x, *rest)
-        return self._run(range(checkpointed, count), plan, x, *rest)
+        return self._run(range(checkpointed, count), plan, moe, x, *rest)

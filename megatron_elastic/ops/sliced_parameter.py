@@ -69,6 +69,11 @@ class DummyGradients:
 _DUMMIES = DummyGradients()
 
 
+def dummy_gradient(weight: Tensor) -> Tensor:
+    """What autograd carries for a weight whose gradient is in `main_grad`; shared memory, not to be written."""
+    return _DUMMIES.like(weight)
+
+
 def _merged(kept: Segments | None, size: int) -> Segments:
     """Joined ranges without empty ones; `()` keeps nothing."""
     if kept is None:
@@ -134,4 +139,4 @@ class _Slice(torch.autograd.Function):
         for whole, part in _blocks(main_grad, grad, ranges):
             whole.add_(part)
         weight.grad_added_to_main_grad = True
-        return _DUMMIES.like(weight), None
+        return dummy_gradient(weight), None

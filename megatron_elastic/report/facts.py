@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from megatron_elastic.checkpoint import find_checkpoint, read_metadata
-from megatron_elastic.cost_model import parameters
 from megatron_elastic.errors import CheckpointError, ElasticError
 
 SCHEMA = 1
@@ -63,7 +62,8 @@ def build_report(folder: Path) -> dict[str, Any]:
         return _read(folder / "evaluations" / f"{name}.json", missing)
 
     parent = evaluation("parent")
-    whole = parameters(family.shape, family.shape.full)
+    described = family.family
+    whole = int(described.full_cost("parameters"))
     budgets = []
     for budget in family.budgets:
         selection = family.selection_of(budget.name)
@@ -79,7 +79,7 @@ def build_report(folder: Path) -> dict[str, Any]:
             {
                 "name": budget.name,
                 "fraction": budget.fraction,
-                "parameters": parameters(family.shape, selection.as_dict()),
+                "parameters": int(described.selection_cost(selection)),
                 "selection": selection.as_dict(),
                 "validation_loss_family": trained.get("loss"),
                 "validation_loss_extracted": cut.get("loss"),

@@ -26,13 +26,19 @@ def _loss(value: float | None) -> str:
     return "" if value is None else f"{value:.4f}"
 
 
+def _size(size: int | Sequence[int] | str) -> str:
+    return str(size) if isinstance(size, int | str) else ", ".join(map(str, size))
+
+
 def _budget_tables(report: Mapping[str, Any]) -> str:
     parent, rows, shapes = report["parent"], [], []
+    # Depth is said by the layers that are left out.
+    axes = [a for a in (*AXES, "skipped") if any(budget["selection"].get(a) for budget in report["budgets"])]
     for budget in report["budgets"]:
         name, share = budget["name"], budget["parameters"] / parent["parameters"]
         shapes.append(
             [name, f"{budget['fraction']:.1%}", f"{share:.2%}", f"{budget['parameters']:,}"]
-            + [str(budget["selection"][axis]) for axis in AXES]
+            + [_size(budget["selection"].get(axis, "")) for axis in axes]
             + [f"`{budget['checkpoint']}`"]
         )
         smaller = budget["fraction"] < 1.0
@@ -50,7 +56,7 @@ def _budget_tables(report: Mapping[str, Any]) -> str:
             ]
         )
     losses = ["budget", "in the family", "extracted", "untrained cut", "random cut", "from scratch", "gap closed"]
-    sizes = ["budget", "target", "reached", "parameters", *(AXIS_NAMES[axis] for axis in AXES), "checkpoint"]
+    sizes = ["budget", "target", "reached", "parameters", *(AXIS_NAMES[axis] for axis in axes), "checkpoint"]
     return f"### Losses\n\n{table(losses, rows)}\n### Shapes\n\n{table(sizes, shapes)}"
 
 
@@ -129,7 +135,7 @@ def write_report(folder: Path) -> dict[str, Any]:
     if plot_losses(curves, names, marks, plots / "losses.png"):
         loss_plot = f"\n![Distillation loss over steps]({PLOTS}/losses.png)\n"
     learnt = [budget.name for budget in family.budgets if budget.fraction < 1.0]
-    choices = {axis: family.choices[axis] for axis in AXES if len(family.choices[axis]) > 1}
+    choices = {axis: family.choices[axis] for axis in AXES if len(family.choices.get(axis, ())) > 1}
     if plot_router(curves, learnt, choices, plots / "router.png"):
         router_plot = f"\n![Router probabilities over steps]({PLOTS}/router.png)\n"
     page = PAGE.format(

@@ -13,7 +13,13 @@ AXIS_NAMES = {
     "hidden": "hidden channels",
     "ffn": "FFN neurons",
     "mamba_heads": "Mamba heads",
+    "mamba_head_dim": "channels of a Mamba head",
     "attention_heads": "attention heads",
+    "experts": "experts",
+    "expert_ffn": "neurons of an expert",
+    "shared_expert_ffn": "neurons of the shared expert",
+    "depth": "layers",
+    "skipped": "layers left out",
 }
 
 
