@@ -88,9 +88,8 @@ class Scores:
     def faults(self, shape: ModelShape) -> list[str]:
         """What makes these the scores of another parent (empty when they fit)."""
         expected: dict[tuple[int | None, str], tuple[int, ...]] = {(None, "hidden"): (shape.hidden,)}
-        expected.update(
-            {(number, axis): size for number in range(len(shape.pattern)) for axis, size in sizes(shape, number).items()}
-        )
+        for number in range(len(shape.pattern)):
+            expected.update({(number, axis): size for axis, size in sizes(shape, number).items()})
         found: dict[tuple[int | None, str], Tensor] = {(None, "hidden"): self.hidden}
         for number, axes in self.layers.items():
             found.update({(number, axis): tensor for axis, tensor in axes.items()})
