@@ -115,7 +115,7 @@ class _Pruned:
         self.streams: list[Streams] = [{} for _ in batches]
         self.references: list[Tensor | None] = []
         for tokens, streams in zip(batches, self.streams, strict=True):
-            final = self._run(tokens, range(trunk.total), _NOTHING, {}, {} if removed else streams)
+            final = self._run(tokens, range(trunk.total), _NOTHING, {}, None if removed else streams)
             self.references.append(None if final is None else final.to("cpu"))
         if removed:
             for tokens, streams in zip(batches, self.streams, strict=True):
@@ -123,7 +123,7 @@ class _Pruned:
         self.size = self._total(self.references)
 
     def _run(
-        self, tokens: Tensor, numbers: Sequence[int], without: int, streams: Streams, keep: Streams
+        self, tokens: Tensor, numbers: Sequence[int], without: int, streams: Streams, keep: Streams | None
     ) -> Tensor | None:
         """Runs the layers of `numbers` that come after the layer `without`.
 
@@ -132,7 +132,7 @@ class _Pruned:
             numbers: layers of the model.
             without: the candidate; `_NOTHING` begins with the embedding.
             streams: what enters this stage's layers.
-            keep: takes over what enters the layers that are run.
+            keep: takes over what enters the layers that are run; None keeps nothing.
 
         Returns:
             The final hidden states on the last stage, `[s, b, h]`; None elsewhere.
@@ -160,9 +160,9 @@ class _Pruned:
         torch.distributed.all_reduce(found)
         return float(found)
 
-    def candidate(self, number: int) -> tuple[float, list[Streams]]:
-        """The score of the current model without one more layer, and what enters the layers after it then."""
-        kept: list[Streams] = [{} for _ in self.batches]
+    def candidate(self, number: int, keep: bool) -> tuple[float, list[Streams | None]]:
+        """The score of the current model without one more layer, and what enters the layers after it then (`keep`)."""
+        kept: list[Streams | None] = [{} if keep else None for _ in self.batches]
 
         def differences() -> Iterator[Tensor | None]:
             batches = zip(self.batches, self.streams, kept, self.references, strict=True)
@@ -175,13 +175,18 @@ class _Pruned:
             raise ElasticError(f"depth ranking: without layer {number} the logits are not finite: {score}")
         return score, kept
 
-    def remove(self, number: int, kept: Sequence[Streams]) -> None:
+    def remove(self, number: int, kept: Sequence[Streams | None]) -> None:
         """Takes the layer out, with what enters the layers after it."""
         self.remaining.remove(number)
         self.streams = [
-            {**{n: x for n, x in before.items() if n < number}, **after}
+            {**{n: x for n, x in before.items() if n < number}, **(after or {})}
             for before, after in zip(self.streams, kept, strict=True)
         ]
+
+
+def _least(scores: Mapping[int, float]) -> list[int]:
+    """Layer numbers, least important first; of equal ones the first layer."""
+    return sorted(scores, key=lambda number: (scores[number], number))
 
 
 def planned_forwards(layers: int, rounds: int) -> int:
@@ -230,29 +235,27 @@ def rank_depth(
         return counted + int(summed(own, trunk.groups.pp))
 
     with trunk.measuring():
-        model_now = _Pruned(trunk, batches, done.removed)
-        done.naive = done.naive or trunk.total
-        passed = planned_forwards(trunk.total, len(done.rounds))
-        for _ in range(len(done.rounds), rounds):
-            scores: dict[int, float] = {}
-            best: list[Streams] = []
-            numbers = list(model_now.remaining)
+        if len(done.rounds) < rounds:
+            pruned = _Pruned(trunk, batches, done.removed)
+            done.naive = done.naive or trunk.total
+        while len(done.rounds) < rounds:
+            numbers, scores = list(pruned.remaining), dict[int, float]()
+            best: list[Streams | None] = []
+            passed = planned_forwards(trunk.total, len(done.rounds))
             for place, number in enumerate(numbers):
-                scores[number], kept = model_now.candidate(number)
-                if scores[number] == min(scores.values()) and number == min(scores, key=lambda n: (scores[n], n)):
+                scores[number], kept = pruned.candidate(number, keep=len(done.rounds) + 1 < rounds)
+                if number == _least(scores)[0]:
                     best = kept
                 passed += len(numbers) - 1 - place
                 progress(passed, planned_forwards(trunk.total, rounds))
             done.rounds.append(scores)
             done.naive += len(numbers) * (len(numbers) - 1)
             if method == "iterative":
-                least = min(scores, key=lambda n: (scores[n], n))
-                done.removed.append(least)
-                model_now.remove(least, best)
+                done.removed.append(_least(scores)[0])
+                pruned.remove(done.removed[-1], best)
             done.layer_forwards = forwards()
             if state is not None and torch.distributed.get_rank() == 0:
                 state.parent.mkdir(parents=True, exist_ok=True)
                 write_atomically(state, json.dumps({"key": key, **asdict(done)}))
-    last = done.rounds[-1]
-    rest = sorted((n for n in last if n not in done.removed), key=lambda n: (last[n], n))
+    rest = [number for number in _least(done.rounds[-1]) if number not in done.removed]
     return DepthRanking(method, (*done.removed, *rest), tuple(done.rounds), done.layer_forwards, done.naive)
