@@ -73,8 +73,8 @@ def split(flags: Mapping[str, Any]) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def launched_processes(flags: Mapping[str, Any], seed: int = 1234) -> Iterator[None]:
-    """Megatron's process groups for the ranks that a launcher started, as a recipe splits its model over them.
+def split_groups(flags: Mapping[str, Any], seed: int = 1234) -> Iterator[None]:
+    """Megatron's groups of the ranks that there are, as a recipe splits its model over them.
 
     Args:
         flags: the recipe's.
@@ -83,30 +83,42 @@ def launched_processes(flags: Mapping[str, Any], seed: int = 1234) -> Iterator[N
     Raises:
         ElasticError: the ranks are no multiple of those that one copy of the model takes.
     """
-    kept = split(flags)
+    kept, ranks = split(flags), torch.distributed.get_world_size()
     tensor, pipeline, expert, expert_tensor = (int(kept.get(flag, 1)) for flag in _RANKS_FLAGS)
     if "expert-tensor-parallel-size" not in kept:
         expert_tensor = tensor
     for copy, what in ((tensor * pipeline, "TP x PP"), (expert * expert_tensor * pipeline, "EP x expert TP x PP")):
-        if launched() % copy:
-            raise ElasticError(f"{launched()} ranks: they must be a multiple of {what} = {copy}, as the recipe has it")
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    else:
-        adaptation.install()
-    megatron_compat.install()
-    minutes = int(flags.get("distributed-timeout-minutes", 10))
-    torch.distributed.init_process_group(
-        "nccl" if torch.cuda.is_available() else "gloo", timeout=datetime.timedelta(minutes=minutes)
+        if ranks % copy:
+            raise ElasticError(f"{ranks} ranks: they must be a multiple of {what} = {copy}, as the recipe has it")
+    parallel_state.initialize_model_parallel(
+        tensor, pipeline, expert_model_parallel_size=expert, expert_tensor_parallel_size=expert_tensor
     )
     try:
-        parallel_state.initialize_model_parallel(
-            tensor, pipeline, expert_model_parallel_size=expert, expert_tensor_parallel_size=expert_tensor
-        )
         model_parallel_cuda_manual_seed(seed)
         yield
     finally:
         parallel_state.destroy_model_parallel()
+
+
+@contextlib.contextmanager
+def launched_processes(flags: Mapping[str, Any]) -> Iterator[None]:
+    """Megatron's process groups for the ranks that a launcher started; see `split_groups`.
+
+    Args:
+        flags: the recipe's.
+    """
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    else:
+        adaptation.install_training()
+    megatron_compat.install()
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    minutes = int(flags.get("distributed-timeout-minutes", 10))
+    torch.distributed.init_process_group(backend, timeout=datetime.timedelta(minutes=minutes))
+    try:
+        with split_groups(flags):
+            yield
+    finally:
         torch.distributed.destroy_process_group()
 
 
