@@ -17,9 +17,10 @@ from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from megatron.training.argument_utils import hybrid_config_from_args
 from megatron.training.arguments import parse_args, validate_args
 from megatron.training.models.hybrid import HybridModelBuilder, HybridModelConfig
+from torch import Tensor
 
 from megatron_elastic import megatron_compat
-from megatron_elastic.checkpoint import find_checkpoint, parameters, read_parameter
+from megatron_elastic.checkpoint import expert_of, find_checkpoint, parameters, read_entries, read_parameter
 from megatron_elastic.cpu import adaptation
 from megatron_elastic.errors import CheckpointError, ElasticError, RecipeError
 from megatron_elastic.family import Family
@@ -235,6 +236,12 @@ def build_elastic_model(
     return _to(model, dtype)
 
 
+def _stored_states(model: torch.nn.Module) -> dict[str, Tensor]:
+    """Parameters and saved buffers (the biases of a MoE router) by the names that modules have; live tensors."""
+    found = model.state_dict(keep_vars=True)
+    return {name: each for name, each in found.items() if isinstance(each, Tensor)}
+
+
 @torch.no_grad()
 def load_weights(model: Any, checkpoint: str | Path) -> None:
     """Loads every parameter by its stock name, one at a time, in the model's dtype.
@@ -247,15 +254,26 @@ def load_weights(model: Any, checkpoint: str | Path) -> None:
         CheckpointError: no checkpoint there, or not one of this model.
     """
     path = find_checkpoint(checkpoint)
-    wanted = dict(model.named_parameters())
+    states = _stored_states(model)
+    experts = {name: expert_of(name) for name in states}
+    wanted: dict[str, tuple[int, ...]] = {}
+    for name, state in states.items():
+        stock, expert = experts[name]
+        # The experts of a layer come in order: the last one says how many there are.
+        wanted[stock] = tuple(state.shape) if expert is None else (expert + 1, *state.shape)
     found = {name: info for name, info in parameters(path).items() if not name.startswith("elastic.")}
     faults = [f"{name} missing" for name in sorted(set(wanted) - set(found))]
     faults += [f"{name} not in the model" for name in sorted(set(found) - set(wanted))]
     for name in sorted(set(wanted) & set(found)):
-        if tuple(wanted[name].shape) != found[name].shape:
-            faults.append(f"{name} is {found[name].shape}, the model's {tuple(wanted[name].shape)}")
+        if wanted[name] != found[name].shape:
+            faults.append(f"{name} is {found[name].shape}, the model's {wanted[name]}")
     if faults:
         more = f" and {len(faults) - 3} more" if len(faults) > 3 else ""
         raise CheckpointError(f"{path}: not a checkpoint of this model: {'; '.join(faults[:3])}{more}")
-    for name, parameter in wanted.items():
-        parameter.copy_(read_parameter(path, name))
+    for name, state in states.items():
+        stock, expert = experts[name]
+        if expert is None:
+            state.copy_(read_parameter(path, stock))
+        else:
+            one = [torch.tensor([expert]), *[None] * state.dim()]
+            state.copy_(read_entries(path, stock, one)[0])

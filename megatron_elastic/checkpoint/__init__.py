@@ -5,7 +5,7 @@ A parameter goes by its stock name (`decoder.layers.3.mixer.in_proj.weight`) eve
 
 from megatron_elastic.checkpoint.folders import require_free
 from megatron_elastic.checkpoint.integrity import add_manifest, find_verified, has_manifest, verify
-from megatron_elastic.checkpoint.names import FUSED_NORMS, STORED_IN_PARTS, TRACKER, TensorInfo, stored_names
+from megatron_elastic.checkpoint.names import FUSED_NORMS, STORED_IN_PARTS, TRACKER, TensorInfo, expert_of, stored_names
 from megatron_elastic.checkpoint.reading import (
     find_checkpoint,
     fused_norms,
@@ -32,6 +32,7 @@ __all__ = [
     "LazyTensor",
     "TensorInfo",
     "add_manifest",
+    "expert_of",
     "find_checkpoint",
     "find_verified",
     "fused_norms",

@@ -42,15 +42,17 @@ class ElasticColumnParallelLinear(ColumnParallelLinear):
         """
         if segments is None:
             return super().forward(input_, weight, runtime_gather_output)
-        if not (self.allreduce_dgrad or self.sequence_parallel):
+        # The dispatcher has gathered an expert's tokens, and sums what becomes of them.
+        alone = self.explicit_expert_comm
+        if not (self.allreduce_dgrad or self.sequence_parallel or alone):
             input_ = copy_to_tensor_model_parallel_region(input_, group=self.tp_group)
         output = self._forward_impl(
             input=input_,
             weight=sliced_parameter(self.weight, *segments),
             bias=None,
             gradient_accumulation_fusion=False,
-            allreduce_dgrad=self.allreduce_dgrad,
-            sequence_parallel=self.sequence_parallel,
+            allreduce_dgrad=self.allreduce_dgrad and not alone,
+            sequence_parallel=self.sequence_parallel and not alone,
             grad_output_buffer=None,
             wgrad_deferral_limit=None,
             tp_group=self.tp_group,
@@ -83,6 +85,8 @@ class ElasticRowParallelLinear(RowParallelLinear):
             tp_group=None,
             grad_output_buffer=None,
         )
+        if self.explicit_expert_comm:
+            return output, None
         if self.sequence_parallel:
             return reduce_scatter_to_sequence_parallel_region(output, group=self.tp_group), None
         return reduce_from_tensor_model_parallel_region(output, group=self.tp_group), None
@@ -94,12 +98,12 @@ class TeacherTarget:
 
     Attributes:
         hidden: final hidden states after the final norm, `[s, b, h]` (`[s / TP, b, h]` with sequence parallelism).
-        weight: the teacher's LM head on this rank, `[V / TP, h]`.
+        weight: the teacher's LM head on this rank, `[V / TP, h]`; None where the parent itself teaches: its own head.
         log_sum_exp: per token, `[s * b]`; filled by the first student, read by the others.
     """
 
     hidden: Tensor
-    weight: Tensor
+    weight: Tensor | None
     log_sum_exp: Tensor | None = None
 
 
@@ -130,7 +134,7 @@ class ElasticLMHead(ElasticColumnParallelLinear):
             weight, runtime_gather_output: as in core (logits only).
             segments: kept rows and columns of the weight; None uses all of it.
             teacher: target of the distillation; its `log_sum_exp` is filled.
-            labels: `[b, s]`, for evaluation (no gradient).
+            labels: `[b, s]`.
             token_weights: `[b, s]`, the loss mask.
             temperature: of the KD softmax.
         """
@@ -151,7 +155,7 @@ class ElasticLMHead(ElasticColumnParallelLinear):
             hidden,
             kept,
             target,
-            teacher.weight,
+            self.weight.detach() if teacher.weight is None else teacher.weight,
             mask,
             temperature=temperature,
             group=group,

@@ -31,11 +31,17 @@ FAMILY = Family(
         "hidden": (32, 28, 24, 20, 16),
         "ffn": (64, 48, 40, 32, 24),
         "mamba_heads": (8, 6, 4, 2),
+        "mamba_head_dim": (4,),
         "attention_heads": (8, 6, 4, 2),
+        "depth": (7,),
     },
     budgets=(Budget("p100", 1.0), Budget("p75", 0.75), Budget("p50", 0.5)),
 )
-SELECTIONS = (FAMILY.full, Selection(28, 48, 6, 6), Selection(20, 32, 4, 4))
+SELECTIONS = (
+    FAMILY.full,
+    Selection(hidden=28, ffn=48, mamba_heads=6, mamba_head_dim=4, attention_heads=6),
+    Selection(hidden=20, ffn=32, mamba_heads=4, mamba_head_dim=4, attention_heads=4),
+)
 
 
 def squared_relu(x: Tensor) -> Tensor:
