@@ -13,7 +13,7 @@ from megatron_elastic.errors import ElasticError, RecipeError
 COMMANDS = ("corpus", "pretrain", "rank", "sort", "train", "extract", "evaluate", "report", "quickstart")
 """Subcommands, in the order in which they are used."""
 
-WORKERS = ("_pretrain", "_scratch", "_stage", "_evaluate_all", "_node")
+WORKERS = ("_pretrain", "_scratch", "_stage", "_rank", "_evaluate_all", "_node")
 """What the subcommands start in processes of their own; not shown."""
 
 DESCRIPTION = """\
