@@ -7,6 +7,7 @@ them, and so the one is the other's inverse.
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -123,14 +124,18 @@ class Parameter:
 def layer_layout(shape: ModelShape, number: int) -> dict[str, tuple[Dimension, ...]]:
     """Dimensions of one layer's parameters, also where layers differ; names without the layer's prefix."""
     kind = shape.pattern[number]
-    own = {axis: size for axis, size in shape.layer(number).items() if axis != "hidden"}
+    own: dict[str, Any] = {axis: size for axis, size in shape.layer(number).items() if axis != "hidden"}
     return Layout(replace(shape, pattern=kind, **own), 1).of_kind(kind)
 
 
 def _pieces(stock: str, shape: tuple[int, ...], prefix: str, groups: int, head_dim: int) -> tuple[Piece, ...]:
     if stock == _QKV:
         queries = shape[0] // groups - 2 * head_dim
-        ends = {"q": (0, queries), "k": (queries, queries + head_dim), "v": (queries + head_dim, queries + 2 * head_dim)}
+        ends = {
+            "q": (0, queries),
+            "k": (queries, queries + head_dim),
+            "v": (queries + head_dim, queries + 2 * head_dim),
+        }
         return tuple(
             Piece(f"{prefix}mixer.{letter}_proj.weight", (groups * (stop - start), *shape[1:]), rows=(start, stop))
             for letter, (start, stop) in ends.items()
