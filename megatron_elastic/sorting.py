@@ -13,6 +13,7 @@ from megatron_elastic.axes import Dimension, layer_kinds
 from megatron_elastic.checkpoint import (
     LazyTensor,
     TensorInfo,
+    carried_files,
     find_verified,
     parameters,
     read_common,
@@ -203,6 +204,7 @@ def sort_checkpoint(
         metadata=Metadata(
             kind="sorted", shape=shape, ffn_blocks=ffn_blocks, expert_blocks=expert_blocks, flags=flags
         ),
+        files=carried_files(path),
         progress=progress,
     )
 

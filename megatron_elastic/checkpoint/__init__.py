@@ -25,7 +25,14 @@ from megatron_elastic.checkpoint.reading import (
     tensor_names,
 )
 from megatron_elastic.checkpoint.tracker import recover, tracked
-from megatron_elastic.checkpoint.writing import LazyTensor, digest, save_faults_are_told, told, write_checkpoint
+from megatron_elastic.checkpoint.writing import (
+    LazyTensor,
+    digest,
+    save_faults_are_told,
+    told,
+    write_checkpoint,
+    write_faults_are_told,
+)
 
 __all__ = [
     "CARRIED",
@@ -66,4 +73,5 @@ __all__ = [
     "verify",
     "whole_or_nothing",
     "write_checkpoint",
+    "write_faults_are_told",
 ]

@@ -178,7 +178,12 @@ def save_faults_are_told(save: str | Path) -> Iterator[None]:
 
 
 @contextmanager
-def _write_faults_are_told(target: Path) -> Iterator[None]:
+def write_faults_are_told(target: Path) -> Iterator[None]:
+    """Turns what goes wrong while a folder is written into one message.
+
+    Raises:
+        CheckpointError: with the cause.
+    """
     try:
         yield
     except (OSError, RuntimeError) as error:
@@ -252,7 +257,7 @@ def write_checkpoint(
     linear = [stock.removesuffix("weight") for stock in stocks if LINEAR.search(stock)]
     kept = {key: value for key, value in common.items() if key not in STATE_OF_A_RUN}
     state = {"checkpoint_version": CHECKPOINT_VERSION, "iteration": iteration or 0, **kept}
-    with _write_faults_are_told(target), whole_or_nothing(target) as partial:
+    with write_faults_are_told(target), whole_or_nothing(target) as partial:
         path = iteration_folder(partial, iteration)
         path.mkdir()
         writer = _Writer(path)
