@@ -10,7 +10,7 @@ UNITS = ("parameters", "active_parameters", "memory", "flops", "latency")
 """What a budget may be a share of."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Selection:
     """One choice per axis, and the layers that are skipped: the exact shape of one submodel.
 

@@ -15,6 +15,9 @@ class Stage:
         global_batch_size: base samples a step.
         micro_batch_size: base samples a microbatch on each data-parallel rank.
         weights: share of the loss of each budget, largest budget first; sums to 1.
+        teacher: `frozen`, or `trainable`: the full budget, as it is at this step, teaches the others, and itself learns
+            from the text (Nemotron Elastic, section 'Losses').
+        ce_weight: factor on the full budget's cross entropy where it is the teacher (alpha).
     """
 
     iterations: int
@@ -22,6 +25,8 @@ class Stage:
     global_batch_size: int
     micro_batch_size: int
     weights: tuple[float, ...]
+    teacher: str = "frozen"
+    ce_weight: float = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +76,9 @@ class PretrainRun:
             micro_batch_size=self.micro_batch_size,
             weights=(1.0,),
         )
+
+
+TEACHERS = ("frozen", "trainable")
 
 
 def _value(kind: Any, raw: Any, name: str) -> tuple[Any, str | None]:

@@ -82,8 +82,13 @@ class ModelShape:
 
     @property
     def full(self) -> dict[str, Any]:
-        """Full size of every axis that the model has; of `depth` the number of layers."""
-        return {axis: len(self.pattern) if axis == "depth" else getattr(self, axis) for axis in self.axes}
+        """Full size of every axis that the model has, without `depth`."""
+        return {axis: getattr(self, axis) for axis in self.axes if axis != "depth"}
+
+    @property
+    def choices(self) -> dict[str, tuple[int, ...]]:
+        """The choices of a model of which nothing is narrowed: full sizes, and all layers."""
+        return {**{axis: (size,) for axis, size in self.full.items()}, "depth": (len(self.pattern),)}
 
     @property
     def uniform(self) -> bool:

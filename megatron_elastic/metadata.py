@@ -12,6 +12,7 @@ from megatron_elastic.budget import Budget, Selection
 from megatron_elastic.errors import CheckpointError
 from megatron_elastic.family import Family
 from megatron_elastic.layout import ModelShape
+from megatron_elastic.router import RouterConfig
 
 KEY = "elastic.metadata"
 """Name of the metadata tensor in a checkpoint."""
@@ -37,6 +38,7 @@ class Metadata:
         heterogeneous: axes whose choice may differ between layers (families only).
         budgets: largest first (families only).
         selections: one per budget when decided, else empty.
+        router: its settings, where there is one (families only).
         budget_mode: `joint` or `sampled` (families only): decides how many samples Megatron counts for a base sample.
         stage: curriculum stage that wrote the checkpoint, from 1 (families only).
         iteration: optimizer steps made over all stages.
@@ -53,6 +55,7 @@ class Metadata:
     heterogeneous: tuple[str, ...] = ()
     budgets: tuple[Budget, ...] = ()
     selections: tuple[Selection, ...] = ()
+    router: Mapping[str, Any] = field(default_factory=dict)
     budget_mode: str = "joint"
     stage: int = 0
     iteration: int = 0
@@ -67,6 +70,7 @@ class Metadata:
         selections: tuple[Selection, ...] = (),
         stage: int = 0,
         budget_mode: str = "joint",
+        router: RouterConfig | None = None,
     ) -> "Metadata":
         """The description of a family as declared, before any training."""
         return cls(
@@ -80,6 +84,7 @@ class Metadata:
             heterogeneous=family.heterogeneous,
             budgets=family.budgets,
             selections=selections,
+            router={} if router is None else asdict(router),
             stage=stage,
             budget_mode=budget_mode,
         )

@@ -66,8 +66,8 @@ def _choices(
     raw: Mapping[str, Any], shape: ModelShape, layout: Layout, ranks: Ranks, faults: list[str]
 ) -> dict[str, tuple[int, ...]]:
     found = {}
-    for axis, full in shape.full.items():
-        choices = _numbers(raw.get(axis, [full]), f"elastic.axes.{axis}", faults)
+    for axis, full in shape.choices.items():
+        choices = _numbers(raw.get(axis, full), f"elastic.axes.{axis}", faults)
         if choices is not None:
             wrong = _axis_faults(axis, choices, shape, layout, ranks)
             faults.extend(f"elastic.axes.{axis}: {fault}" for fault in wrong)
