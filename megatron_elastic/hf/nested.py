@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Iterator, Mapping
 from importlib.resources import files
+from itertools import pairwise
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 from megatron_elastic.axes import Segments
 from megatron_elastic.budget import Selection
 from megatron_elastic.hf.names import RELEASED, Parameter, parameters
-from megatron_elastic.layout import BUFFERS, LAYER, ModelShape, layer_number
+from megatron_elastic.layout import BUFFERS, ModelShape, layer_number
 from megatron_elastic.metadata import Metadata
 
 DESCRIPTION, SCRIPT = "elastic.json", "slice.py"
@@ -36,12 +37,10 @@ class _Ranges:
 def _runs(kept: torch.Tensor) -> Segments:
     """Ascending rows as ranges."""
     ends = [0, *((kept.diff() != 1).nonzero().flatten() + 1).tolist(), len(kept)]
-    return tuple((int(kept[a]), int(kept[b - 1]) + 1) for a, b in zip(ends, ends[1:], strict=False) if b > a)
+    return tuple((int(kept[a]), int(kept[b - 1]) + 1) for a, b in pairwise(ends) if b > a)
 
 
-def _rules(
-    shape: ModelShape, selection: Selection, made: list[Parameter], ranges: _Ranges
-) -> Iterator[dict[str, Any]]:
+def _rules(shape: ModelShape, selection: Selection, made: list[Parameter], ranges: _Ranges) -> Iterator[dict[str, Any]]:
     """What a budget keeps of every tensor: its name in the folder and in the cut, and the rows of each dimension.
 
     The experts of a layer have one rule, with `*` where their number is.

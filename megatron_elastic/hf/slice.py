@@ -1,7 +1,7 @@
 """Cuts one model out of this folder, which holds a whole family of them: `python slice.py --budget NAME --out DIR`.
 
-The weights in this folder are those of the largest model; every smaller one is a part of them. `elastic.json` says which
-rows of which tensor. Nothing is trained and nothing is downloaded. Needs torch and safetensors.
+The weights in this folder are those of the largest model; every smaller one is a part of them. `elastic.json` says
+which rows of which tensor. Nothing is trained and nothing is downloaded. Needs torch and safetensors.
 """
 
 import argparse
@@ -72,18 +72,23 @@ def write(out: Path, budget: dict[str, Any], ranges: list[list[list[int]]], shar
         used += value.nbytes
         total += value.nbytes
     flush()
-    names = [SINGLE] if len(shards) == 1 else [f"model-{n + 1:05d}-of-{len(shards):05d}.safetensors" for n in range(len(shards))]
+    names = (
+        [SINGLE]
+        if len(shards) == 1
+        else [f"model-{n + 1:05d}-of-{len(shards):05d}.safetensors" for n in range(len(shards))]
+    )
     for number, name in enumerate(names):
         (out / f"{number}.part").rename(out / name)
     if len(shards) > 1:
         weights = {key: name for name, keys in zip(names, shards, strict=True) for key in keys}
         (out / INDEX).write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": weights}, indent=2))
     (out / CONFIG).write_text(json.dumps(budget["config"], indent=2) + "\n")
+    own = {CONFIG, INDEX, DESCRIPTION}
     for path in HERE.rglob("*"):
-        name = path.relative_to(HERE)
-        if path.is_file() and path.suffix not in (".safetensors", ".py") and str(name) not in (CONFIG, INDEX, DESCRIPTION):
-            (out / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, out / name)
+        place = path.relative_to(HERE)
+        if path.is_file() and path.suffix not in (".safetensors", ".py") and str(place) not in own:
+            (out / place).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, out / place)
 
 
 def main() -> int:
