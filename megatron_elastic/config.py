@@ -107,7 +107,7 @@ class Recipe:
 KNOWN_KEYS = (
     *("parent", "save", "train_data", "validation_data", "ffn_blocks", "axes", "budgets", "selections", "router"),
     *("stages", "temperature", "save_interval", "evaluation", "calibration", "teacher", "budget_mode"),
-    *("heterogeneous", "depth_ranking", "expert_blocks"),
+    *("heterogeneous", "depth_ranking", "expert_blocks", "deployment", "latency_table"),
 )
 BUDGET_MODES = ("joint", "sampled")
 REQUIRED_KEYS = ("parent", "save", "train_data", "validation_data", "axes", "budgets", "stages")

@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
+from megatron_elastic.errors import ElasticError
+
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
@@ -117,4 +119,10 @@ def section[T](cls: type[T], raw: Any, name: str, faults: list[str]) -> T | None
             faults.append(fault)
     required = (key for key, each in known.items() if each.default is MISSING and each.default_factory is MISSING)
     faults.extend(f"{name}.{key}: required" for key in required if key not in raw)
-    return cls(**values) if len(faults) == before else None
+    if len(faults) > before:
+        return None
+    try:
+        return cls(**values)
+    except ElasticError as error:  # what the class itself refuses
+        faults.append(str(error))
+        return None
