@@ -41,7 +41,7 @@ def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 @pytest.mark.parametrize("budget", ["b1", "b2"])
 def test_the_script_cuts_what_export_writes(made: tuple[dict[str, Any], Path], budget: str) -> None:
     _, root = made
-    done = slice_(root / "nested", "--budget", budget, "--out", str(root / f"cut {budget}"), "--shard-gb", "4e-6")
+    done = slice_(root / "nested", "--budget", budget, "--out", str(root / f"cut {budget}"), "--shard-gb", "2e-6")
     assert done.returncode == 0, done.stderr
     cut, exported = root / f"cut {budget}", root / budget
     assert len(list(cut.glob("*.safetensors"))) > 1
