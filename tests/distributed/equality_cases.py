@@ -107,9 +107,7 @@ def teacher_logits_of(model: Any) -> Tensor:
     """The teacher's logits, whole."""
     batch = kit.batch()
     with torch.no_grad():
-        return gather_from_tensor_model_parallel_region(
-            model.teachers[0](batch["tokens"], batch["position_ids"], None)
-        )
+        return gather_from_tensor_model_parallel_region(model.teachers[0](batch["tokens"], batch["position_ids"], None))
 
 
 def soft(selection: Selection) -> dict[str, Any]:
@@ -205,8 +203,8 @@ def _gated_norm_over_the_whole_group(model: Any) -> Callable[[], None]:
 def _unmasked_residual(model: Any) -> Callable[[], None]:
     """One layer adds to channels that the submodel does not have."""
     layer = model.decoder.layers[1]
-    layer.forward = lambda x, **k: x + layer.mlp(
-        layer.pre_mlp_layernorm(x, width=k["masks"].hidden.sum()), mask=k["masks"].ffn
+    layer.forward = lambda x, **k: (
+        x + layer.mlp(layer.pre_mlp_layernorm(x, width=k["masks"].hidden.sum()), mask=k["masks"].ffn)
     )
     return lambda: layer.__dict__.pop("forward")
 

@@ -51,9 +51,7 @@ def reference(mode: str) -> dict[str, Any]:
     tokens = sum(kit.batch(i)["loss_mask"].sum() for i in range(BASE_MICROBATCHES))
     total: Any = 0.0
     losses = torch.zeros(len(WEIGHTS), dtype=torch.float64)
-    soft = [
-        {axis: router.probabilities(budget, axis, STEP) for axis in AXES} for budget in range(len(WEIGHTS))
-    ]
+    soft = [{axis: router.probabilities(budget, axis, STEP) for axis in AXES} for budget in range(len(WEIGHTS))]
     for index in range(BASE_MICROBATCHES):
         batch = kit.batch(index)
         where = batch["tokens"], batch["position_ids"]

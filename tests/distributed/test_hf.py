@@ -89,9 +89,11 @@ def theirs(folder: Path, text: Tensor) -> Tensor:
     """Logits of what transformers loads."""
     from transformers import AutoModelForCausalLM
 
-    model, told = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    # Eager experts: torch's grouped product asks for widths that are multiples of four numbers.
+    model, told = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, experts_implementation="eager")
     assert not any(told[problem] for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"))
-    return model.eval()(text).logits
+    # Without a cache: transformers' own needs an attention layer, which may have been left out.
+    return model.eval()(text, use_cache=False).logits
 
 
 def plain(process: Any, checkpoint: Path, text: Tensor) -> Tensor:
@@ -147,7 +149,7 @@ def test_what_goes_in_and_what_comes_out_is_what_transformers_computes(process, 
     text = torch.randint(50, (2, 37), generator=torch.Generator().manual_seed(seed))
     original = theirs(source, text)
     draw = random.Random(seed)
-    chosen, other = half(source, draw), half(source, draw)
+    chosen = half(source, draw)
     family = families.write(source, tmp_path, chosen, replace(chosen, hidden=chosen.hidden - 1))
 
     assert deviation(plain(process, tmp_path / "imported", text), original) < TOLERANCE
@@ -161,7 +163,6 @@ def test_what_goes_in_and_what_comes_out_is_what_transformers_computes(process, 
     assert deviation(plain(process, tmp_path / "extracted", text), inside) < TOLERANCE
     export_model(family, tmp_path / "one channel less", budget="b2")
     assert deviation(theirs(tmp_path / "one channel less", text), inside) > 1e-4
-    assert other  # drawn so that seeds differ in more than the first choice
 
 
 @pytest.mark.parametrize("end", ["q_proj.weight", "A_log", "dt_bias", "mixer.D", "conv1d.bias", "mixer.norm.weight",
