@@ -10,7 +10,7 @@ from importlib import import_module
 from megatron_elastic import __version__
 from megatron_elastic.errors import ElasticError, RecipeError
 
-COMMANDS = ("corpus", "pretrain", "rank", "sort", "train", "extract", "evaluate", "report", "quickstart")
+COMMANDS = ("plan", "corpus", "pretrain", "rank", "sort", "train", "extract", "evaluate", "report", "quickstart")
 """Subcommands, in the order in which they are used."""
 
 WORKERS = ("_pretrain", "_scratch", "_stage", "_evaluate_all", "_node")
