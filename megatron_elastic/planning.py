@@ -174,20 +174,18 @@ def _grid(full: int, step: int, least: int = 1) -> tuple[int, ...]:
 
 
 def default_choices(shape: ModelShape) -> dict[str, tuple[int, ...]]:
-    """Choices for a parent without a recipe, from its full sizes down to half of them.
+    """Choices for a parent without a recipe, from full sizes down to half of them.
 
-    Widths are multiples of 128 (MLP ones of 512), or sixteenths of a small model's; Mamba and attention heads are whole
-    per group, Mamba channels multiples of 16, experts of 8. Depth is left whole: which layers are left out is known when
-    the parent is ranked.
+    Widths are multiples of 128 (MLP ones of 512), or sixteenths of a small model's; Mamba heads are whole per group,
+    experts multiples of 8. What published models keep whole is kept: attention heads, Mamba channels (narrowing heads
+    costs less quality and saves more time), and depth, of which nobody knows the layers before the parent is ranked.
     """
     found = {}
     for axis, full in shape.full.items():
-        if axis == "mamba_heads":
+        if axis in ("attention_heads", "mamba_head_dim"):
+            step = full
+        elif axis == "mamba_heads":
             step = shape.mamba_groups
-        elif axis == "attention_heads":
-            step = shape.query_groups
-        elif axis == "mamba_head_dim":
-            step = 16
         elif axis == "experts":
             step = 8
         else:

@@ -205,6 +205,8 @@ def _short(value: float) -> str:
 
 def _both(count: float) -> str:
     """Bytes in GB and in GiB, which papers mix up."""
+    if count < 1e8:
+        return f"{count / 1e6:.1f} MB ({count / 2**20:.1f} MiB)"
     return f"{count / 1e9:.1f} GB ({count / 2**30:.1f} GiB)"
 
 
@@ -238,13 +240,24 @@ def _print(result: Mapping[str, Any]) -> None:
         f"weights of the family in one checkpoint: {_both(result['family_bytes'])}; of its members apart: "
         f"{_both(result['separate_bytes'])}"
     )
-    for name in ("run", "memory_per_gpu"):
-        for key, value in result.get(name, {}).items():
-            print(f"{name.replace('_', ' ')}: {key.replace('_', ' ')}: {_both(value) if name != 'run' else value}")
-    for stage in result.get("stages", ()):
-        print("stage: " + ", ".join(f"{key.replace('_', ' ')} {value:,}" for key, value in stage.items()))
+    if "run" in result:
+        _print_run(result["run"], result["stages"], result["memory_per_gpu"])
     for warning in result.get("warnings", ()):
         print(f"warning: {warning}")
+
+
+def _print_run(run: Mapping[str, Any], stages: Sequence[Mapping[str, Any]], memory: Mapping[str, int]) -> None:
+    layout = ", ".join(f"{name.replace('_', ' ')} {run[name]}" for name in ("TP", "PP", "CP", "DP", "EP", "expert_TP"))
+    print(f"run: {run['gpus']} GPU(s): {layout}; {run['steps']:,} steps, {_short(run['tokens'])} tokens")
+    for number, stage in enumerate(stages, start=1):
+        print(
+            f"stage {number}: {stage['steps']:,} steps of {stage['global_batch_size']:,} x "
+            f"{stage['sequence_length']:,} tokens, {stage['microbatches']} microbatches a step and rank (the teacher's "
+            "counted); "
+            f"{_short(stage['tokens'])} tokens, {stage['flops_at_full_width']:.2e} FLOP at full width"
+        )
+    parts = ", ".join(f"{name} {_both(count)}" for name, count in memory.items() if name != "total")
+    print(f"memory of the fullest GPU, an estimate: {_both(memory['total'])}: {parts}")
 
 
 def _sizes(size: Any) -> str:

@@ -29,6 +29,7 @@ LEVELS = {
     "planning": 3,
     "config": 3,
     "ops": 4,
+    "recipe_checks": 4,
     "checkpoint": 4,
     "layers": 5,
     "specs": 5,
