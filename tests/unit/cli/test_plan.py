@@ -64,7 +64,7 @@ def test_memory_of_published_families(capsys: pytest.CaptureFixture[str]) -> Non
     assert dense["separate_bytes"] / 1e9 == pytest.approx(2 * (12.31 + 8.89 + 6.0), rel=0.004)
     moe = plan(capsys, "--hf-config", published.DATA / "nemotron_3_nano_30b_a3b", "--target", "23e9", "12e9")
     assert moe["family_bytes"] / 2**30 == pytest.approx(58.9, abs=0.1)
-    # The papers' 126.1 counts members of other sizes, which are not published; ours are within 0.5 % of 23 and 12 billion.
+    # The paper's 126.1 counts members whose sizes are not published; ours are within 0.5 % of 23 and 12 billion.
     assert moe["separate_bytes"] / 2**30 == pytest.approx(126.1, rel=0.03)
     assert moe["separate_bytes"] / moe["family_bytes"] == pytest.approx(2.14, abs=0.05)
     first = moe["budgets"][0]
