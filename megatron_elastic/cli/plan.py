@@ -7,7 +7,9 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
+from megatron_elastic.budget import UNITS
 from megatron_elastic.cli import options
+from megatron_elastic.cost_model import PROFILES
 
 HELP = "tell sizes, memory and FLOPs of budgets, and find selections for a target, before anything runs"
 DESCRIPTION = """\
@@ -17,7 +19,6 @@ a GPU, steps and tokens), or of a model in Hugging Face's format. No GPU is used
 made. Selections that are not given are proposals: homogeneous, within 0.5 % of the target where
 there are any, and the most balanced of those; a router finds its own in training."""
 
-UNITS = ("parameters", "active_parameters", "memory", "flops", "latency")
 TOLERANCE = 0.005
 """Proposals this near to their target are equally good, and sorted by how balanced they are."""
 SHARES = (1.0, 0.75, 0.5)
@@ -74,7 +75,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--prefill-chunk", type=options.at_least_one, metavar="N", help="tokens prefilled at once (default: 8192)"
     )
-    parser.add_argument("--profile", metavar="NAME", help="bytes per element: bf16 (default), fp8, fp8_kv, nvfp4, ...")
+    parser.add_argument(
+        "--profile", choices=PROFILES, metavar="NAME", help=f"bytes per element: {', '.join(PROFILES)} (default: bf16)"
+    )
     parser.add_argument("--latency-table", type=Path, metavar="FILE", help="measured latencies (YAML or JSON)")
     parser.add_argument(
         "--gpus", type=options.at_least_one, metavar="N", help="of a recipe's run (default: one copy of the model)"
