@@ -31,6 +31,7 @@ LEVELS = {
     "recipe_family": 3,
     "config": 3,
     "ops": 4,
+    "recipe_checks": 4,
     "checkpoint": 4,
     "layers": 5,
     "specs": 5,
