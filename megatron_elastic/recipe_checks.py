@@ -242,9 +242,8 @@ def run_facts(recipe: Recipe, gpus: int | None = None) -> dict[str, Any]:
         while "E" in recipe.family.shape.pattern and gpus % (pp * ranks.ep * ranks.etp):
             gpus += ranks.copy
     faults, warnings = layout_faults(recipe, ranks, gpus), list[str]()
-    used = flags.get("fp8-format") or flags.get("fp8")
     scaling = str(flags.get("fp8-recipe", "delayed"))
-    if used:
+    if flags.get("fp8-format"):
         faults += [f"fp8 ({scaling}): {fault}" for fault in tile_faults(recipe, ranks, FP8_TILES.get(scaling, 16))]
     else:
         for tile, what in ((16, "FP8 GEMMs"), (128, "FP8 blockwise scaling")):
