@@ -116,7 +116,8 @@ def saved_per_token(shape: ModelShape, kind: str, ranks: Ranks, sequence_paralle
     tokens. A sum over the tensors that the formulas need, not a measurement.
     """
     hidden = shape.hidden / (ranks.tp if sequence_parallel else 1)
-    full, outer = shape.full, 2 * hidden  # the residual and its norm's output
+    full: Mapping[str, int] = shape.full
+    outer = 2 * hidden  # the residual and its norm's output
     if kind == "M":
         inner = full["mamba_heads"] * shape.mamba_head_dim
         states = 2 * shape.mamba_groups * shape.mamba_state

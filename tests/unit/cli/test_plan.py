@@ -91,6 +91,7 @@ def test_targets_in_every_unit(capsys: pytest.CaptureFixture[str], tmp_path: Pat
     result = plan(
         capsys, "--hf-config", folder, "--target", 100, "--unit", "latency", "--latency-table", table, "--count", 1
     )
+    assert result["budgets"][0]["latency"] == result["budgets"][0]["reached"] < result["parent"]["latency"]
     assert result["budgets"][0]["reached"] == pytest.approx(53 * result["budgets"][0]["selection"]["hidden"] / 1000)
 
 
