@@ -1,7 +1,7 @@
 """Ranks a parent: its scores on the calibration text of a recipe, in one process or on the ranks of a launcher."""
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,15 @@ def _fingerprint(path: Path) -> str:
     """What tells a checkpoint from another one in the same place: of its digests, or without them of its index."""
     file = path / MANIFEST
     return hashlib.sha256((file if file.exists() else path / INDEX).read_bytes()).hexdigest()
+
+
+def dealt_flags(flags: Mapping[str, Any], samples: int, ranks: int) -> dict[str, Any]:
+    """Megatron's flags for text that is dealt over data-parallel ranks.
+
+    Where ranks have unequal numbers of tokens, experts need the dispatcher that allows it: core's default one gathers
+    equal numbers from every rank.
+    """
+    return {**flags, "moe-token-dispatcher-type": "alltoall"} if samples % ranks else dict(flags)
 
 
 def depth_method(recipe: Recipe, asked: str | None = None) -> str:
@@ -110,7 +119,8 @@ def rank_parent(
     with launched_processes(recipe.megatron) if launched() > 1 else single_process():
         rank, ranks = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
         first = torch.distributed.get_rank() == 0
-        model = build_plain_model(recipe.megatron, torch.bfloat16 if low else torch.float32)
+        flags = dealt_flags(recipe.megatron, text.samples, ranks)
+        model = build_plain_model(flags, torch.bfloat16 if low else torch.float32)
         load_parent(model, path)
         batches = [text.tokens(batch) for batch in text.batches(max(1, wanted.batch_size), rank, ranks)]
         scores = collect_scores(model, _shown(batches, progress and first), facts, head_channels=channels)

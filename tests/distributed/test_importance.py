@@ -111,6 +111,58 @@ def test_scores_are_the_formulas(process, head_channels):
     assert not torch.allclose(judged_otherwise, expected[0, "mamba_heads"], rtol=1e-3)
 
 
+@pytest.mark.parametrize("gated", [False, True])
+def test_scores_of_experts_are_the_formulas(process, gated):
+    from tests.distributed import importance_kit as kit
+
+    flags = {**kit.EXPERT_FLAGS, "hybrid-layer-pattern": "E", "swiglu": gated, "squared-relu": not gated}
+    weights = parent.weights(kit.layout(flags))
+    model, text, name = process.build_plain_model(flags, torch.float64), parent.tokens(samples=3), "decoder.layers.0."
+    layer = model.decoder.layers[0]
+
+    def neurons(x: Tensor, fc1: Tensor) -> Tensor:
+        if not gated:
+            return x @ fc1.T
+        gate, value = (x @ fc1.T).chunk(2, dim=-1)
+        return gate / (1 + (-gate).exp()) * value
+
+    def output(x: Tensor, fc1: Tensor, fc2: Tensor) -> Tensor:
+        active = neurons(x, fc1)
+        return (active if gated else active.relu() ** 2) @ fc2.T
+
+    own = {n.removeprefix(name): t for n, t in weights.items() if n.startswith(name)}
+    fc1, fc2 = (own[f"mlp.experts.experts.linear_fc{n}.weight"] for n in (1, 2))
+    with torch.no_grad():
+        for full, parameter in model.named_parameters():
+            stock, _, number = full.partition("experts.local_experts.")
+            if number:
+                parameter.copy_(own["mlp.experts.experts." + number[2:]][int(number[0])])
+            else:
+                parameter.copy_(weights[stock])
+        layer.mlp.router.expert_bias.copy_(own["mlp.router.expert_bias"])
+        found = collect(model, text[:2], text[2:])
+        embedded = weights["embedding.word_embeddings.weight"][text].transpose(0, 1).contiguous()
+        normed = layer.pre_mlp_layernorm(embedded)
+        gates, chosen = layer.mlp.router(normed)
+        tokens = normed.flatten(0, 1)
+        gains, activity = [], []
+        for expert in range(4):
+            mine, gate = tokens[chosen[:, expert]], gates[chosen[:, expert], expert]
+            gains.append((gate * output(mine, fc1[expert], fc2[expert]).pow(2).sum(1).sqrt()).mean())
+            activity.append(neurons(mine, fc1[expert]).abs().mean(0))
+        shared = aggregate(neurons(normed, own["mlp.shared_experts.linear_fc1.weight"]).abs())
+    assert chosen.sum() == 2 * len(tokens)
+    expected = {"experts": torch.stack(gains), "expert_ffn": torch.stack(activity), "shared_expert_ffn": shared}
+    assert set(found.layers[0]) == set(expected)
+    for axis, scores in expected.items():
+        # fp64; but core's router rounds its gates to fp32, and rounding follows from the batch that a token is in.
+        exact = 1e-7 if axis == "experts" else 1e-11
+        torch.testing.assert_close(found.layers[0][axis], scores, rtol=exact, atol=0, msg=lambda m, a=axis: f"{a}: {m}")
+    # REAP is no count: how often an expert is chosen says something else.
+    assert found.layers[0]["experts"].argsort().tolist() != chosen.sum(0).argsort().tolist()
+    assert collect(model, text).faults(kit.layout(flags).shape) == []
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_useless_entries_get_the_lowest_scores(process, seed):
     generator = torch.Generator().manual_seed(seed)
