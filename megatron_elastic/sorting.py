@@ -13,6 +13,7 @@ from megatron_elastic.axes import BlockOrder, Dimension
 from megatron_elastic.checkpoint import (
     LazyTensor,
     TensorInfo,
+    carried_files,
     find_verified,
     parameters,
     read_common,
@@ -234,6 +235,7 @@ def sort_checkpoint(
             depth_ranking=tuple(depth_ranking),
             flags=flags,
         ),
+        files=carried_files(path),
         progress=progress,
     )
 

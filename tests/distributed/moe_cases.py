@@ -1,18 +1,24 @@
 """MoE layers: masked == sliced == extracted, every layout as one process, in fp64, and the faults that must show."""
 
+import shutil
+import tempfile
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import elastic_kit as kit
 import moe_kit
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
+from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.dist_checkpointing.validation import StrictHandling
 from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 from torch import Tensor
 
+from megatron_elastic import checkpoint, standalone
 from megatron_elastic.budget import Selection
 from megatron_elastic.cost_model import parameters
+from megatron_elastic.extraction import cut
 from megatron_elastic.family import Family
 from megatron_elastic.layers import moe, moe_router
 from megatron_elastic.layers.moe_role import MoeRole
@@ -104,7 +110,8 @@ def equalities(router: str) -> dict[str, float]:
     model = moe_kit.elastic_model(family, **settings)
     moe_kit.set_weights(model, family.layout, moe_kit.full_weights(family.layout))
     stock = extracted(family, family.full, settings)
-    full = {"sliced": {"selection": family.full}, "masked": {"probabilities": one_hot(family.full, family)}, "plain": {}}
+    one = one_hot(family.full, family)
+    full = {"sliced": {"selection": family.full}, "masked": {"probabilities": one}, "plain": {}}
     errors = {f"full/{path}": error(outcome(model, family.layout, **how), stock) for path, how in full.items()}
     before = stock
     for name, selection in chosen(family).items():
@@ -309,15 +316,83 @@ def faults() -> dict[str, float]:
     return errors
 
 
+def _load(folder: Path, model: Any) -> None:
+    """Core's own loading: all that the model asks for is there, and nothing else but the description."""
+    state, strict = {"model": model.sharded_state_dict()}, StrictHandling.RETURN_ALL
+    found, missing, unexpected = dist_checkpointing.load(state, str(folder), strict=strict)
+    assert set(missing) <= {"elastic.metadata"}, missing
+    assert not unexpected, unexpected
+    model.load_state_dict(found["model"])
+
+
+def _wrong(model: Any, layout: Layout, weights: Mapping[str, Tensor]) -> float:
+    """How many of this rank's tensors are not, bit for bit, their part of the whole weights."""
+    got = {name: state.detach().clone() for name, state in moe_kit.states(model).items()}
+    moe_kit.set_weights(model, layout, weights)
+    return float(sum(not torch.equal(got[name], state) for name, state in moe_kit.states(model).items()))
+
+
+def checkpoints() -> dict[str, float]:
+    """Saved by core on EP 2, read and cut by the package, loaded on every layout: wrong tensors of each step."""
+    family, settings = moe_kit.family(moe_kit.shape(gated=True, expert_bias=True)), moe_kit.SIGMOID
+    layout, weights = family.layout, moe_kit.full_weights(family.layout)
+    names: list[Any] = [tempfile.mkdtemp() if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(names)
+    root = Path(names[0])
+    saved, selection = root / "family" / "iter_0000001", chosen(family)["mixture"]
+    moe_kit.layout_of_ranks(1, 2, 1)
+    model = moe_kit.elastic_model(family, **settings)
+    moe_kit.set_weights(model, layout, weights)
+    if dist.get_rank() == 0:
+        saved.mkdir(parents=True)
+    dist.barrier()
+    state = {"model": model.sharded_state_dict(), "args": {"hidden_size": 32}, "iteration": 1}
+    dist_checkpointing.save(state, str(saved), async_strategy="mcore", verify_integrity=True)
+    small_weights = moe_kit.cut(weights, layout, selection)
+    errors = {}
+    if dist.get_rank() == 0:
+        stored = checkpoint.parameters(saved)
+        errors["read"] = float(
+            len(set(stored) ^ set(weights))
+            + sum(not torch.equal(checkpoint.read_parameter(saved, name), weights[name]) for name in stored)
+        )
+        arguments = {"shape": family.shape, "ffn_blocks": family.ffn_blocks, "expert_blocks": moe_kit.EXPERT_BLOCKS}
+        cut(saved, root / "small", selection=selection, flags={}, **arguments)  # type: ignore[arg-type]
+    dist.barrier()
+    small, shape = checkpoint.find_checkpoint(root / "small"), selection.submodel(family.shape)
+    small_layout = Layout(shape, family.ffn_blocks, moe_kit.EXPERT_BLOCKS)
+    for name, sizes in {"alone": (1, 1, 1), **LAYOUTS}.items():
+        moe_kit.layout_of_ranks(*sizes)
+        whole = moe_kit.elastic_model(family, **settings)
+        _load(saved, whole)
+        errors[f"{name}/parent"] = _wrong(whole, layout, weights)
+        cut_out = moe_kit.stock_model(shape, **settings)
+        _load(small, cut_out)
+        errors[f"{name}/extracted"] = _wrong(cut_out, small_layout, small_weights)
+    moe_kit.layout_of_ranks()
+    for folder, model, own, values in (
+        (saved, moe_kit.elastic_model(family, **settings), layout, weights),
+        (small, moe_kit.stock_model(shape, **settings), small_layout, small_weights),
+    ):
+        standalone.load_weights(model, folder)
+        errors[f"{folder.parent.name}/standalone"] = _wrong(model, own, values)
+    # The negative: another parent's weights are not these.
+    errors["differs"] = _wrong(model, small_layout, moe_kit.cut(kit.full_weights(layout, 0.1), layout, selection))
+    dist.barrier()
+    if dist.get_rank() == 0:
+        shutil.rmtree(root)
+    return errors
+
+
 def run_all() -> dict[str, dict[str, float]]:
     """Case -> errors; the worst over ranks."""
     results = {f"equalities/{router}": equalities(router) for router in ROUTERS}
     results.update({f"layouts/{router}": layouts(router) for router in ("sigmoid", "softmax", "balanced")})
-    for case in (recomputed, counting, weighted, slope, faults):
+    for case in (recomputed, counting, weighted, slope, faults, checkpoints):
         results[case.__name__] = case()
     everyone: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, results)
     return {
-        case: {key: max((one[case][key] for one in everyone), key=abs) for key in errors}
+        case: {key: max((one[case][key] for one in everyone if key in one[case]), key=abs) for key in errors}
         for case, errors in results.items()
     }

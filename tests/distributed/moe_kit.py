@@ -162,7 +162,8 @@ def _whole(part: Tensor, dimensions: tuple[Dimension, ...]) -> Tensor:
     return part
 
 
-def _states(model: torch.nn.Module) -> dict[str, Tensor]:
+def states(model: torch.nn.Module) -> dict[str, Tensor]:
+    """Parameters and saved buffers of this rank, live."""
     found = model.state_dict(keep_vars=True)
     return {name: each for name, each in found.items() if isinstance(each, Tensor)}
 
@@ -171,7 +172,7 @@ def _states(model: torch.nn.Module) -> dict[str, Tensor]:
 def set_weights(model: torch.nn.Module, layout: Layout, weights: Mapping[str, Tensor]) -> None:
     """Gives every parameter and bias of this rank its part of the whole weights."""
     dimensions = layout.parameters()
-    for name, state in _states(model).items():
+    for name, state in states(model).items():
         stock, expert = expert_of(name)
         value = _part(weights[stock], dimensions[stock])
         state.copy_(value if expert is None else value[expert])

@@ -79,3 +79,10 @@ def test_a_soft_choice_of_experts_has_its_slope(errors: dict[str, dict[str, floa
 def test_a_fault_in_one_path_shows(errors: dict[str, dict[str, float]], fault: str) -> None:
     assert errors["faults"][fault] > 1e-2
     assert errors["faults"]["none"] < TOLERANCE
+
+
+def test_checkpoints_travel_between_layouts_and_through_extraction(errors: dict[str, dict[str, float]]) -> None:
+    wrong = dict(errors["checkpoints"])
+    assert wrong.pop("differs") > 10
+    assert len(wrong) == 11
+    assert set(wrong.values()) == {0}, wrong

@@ -19,7 +19,7 @@ pytestmark = [
     pytest.mark.skipif(torch.cuda.is_available(), reason="fp64 proofs on the CPU adaptation, which refuses CUDA"),
 ]
 SHAPE, LAYOUT = parent.SHAPE, parent.LAYOUT
-SMALL = Selection(hidden=15, ffn=20, mamba_heads=6, mamba_head_dim=4, attention_heads=2)
+SMALL = Selection.from_dict({**SHAPE.full, "hidden": 15, "ffn": 20, "mamba_heads": 6, "attention_heads": 2})
 FAMILY = Family(
     shape=SHAPE,
     ffn_blocks=parent.BLOCKS,
@@ -101,9 +101,7 @@ def test_a_parent_with_every_kind_of_layer_keeps_its_logits(process, tmp_path, g
 def identity(**changed: torch.Tensor) -> Orders:
     """Leaves every axis as it is, but for those given."""
     axes = {axis: changed.get(axis, torch.arange(size)) for axis, size in SHAPE.full.items()}
-    layers = {
-        number: {axis: axes[axis] for axis in AXES_OF_KIND[kind]} for number, kind in enumerate(SHAPE.pattern)
-    }
+    layers = {n: {axis: axes[axis] for axis in AXES_OF_KIND[kind]} for n, kind in enumerate(SHAPE.pattern)}
     return Orders(axes["hidden"], layers)
 
 
