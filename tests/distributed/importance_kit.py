@@ -103,7 +103,7 @@ def measure(
     rank = parallel_state.get_data_parallel_rank() if data_rank is None else data_rank
     ranks = parallel_state.get_data_parallel_world_size()
     batches = [text.tokens(batch) for batch in text.batches(BATCH, rank, ranks)]
-    model = standalone.build_plain_model(dealt_flags(flags, samples, ranks), torch.float64)
+    model = standalone.build_plain_model(dealt_flags(flags, [samples], ranks), torch.float64)
     load_parent(model, folder / checkpoint)
     width = collect_scores(model, batches, head_channels=HEAD_CHANNELS)
     depth = rank_depth(model, batches, removals=REMOVALS)

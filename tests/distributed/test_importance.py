@@ -243,7 +243,7 @@ def write_data(prefix, length: int, vocab: int = 60) -> None:
     builder.finalize(f"{prefix}.idx")
 
 
-def recipe(prefix, **axes):
+def recipe(prefix, length=16, **axes):
     from megatron_elastic.config import parse_recipe
 
     flags = {name: value for name, value in parent.FLAGS.items() if name != "pipeline-model-parallel-size"}
@@ -252,7 +252,7 @@ def recipe(prefix, **axes):
         "parent": "sorted", "save": "family", "train_data": str(prefix), "validation_data": str(prefix),
         "ffn_blocks": parent.BLOCKS, "axes": axes, "budgets": [{"name": "p100", "fraction": 1.0}],
         "selections": {"p100": {}}, "stages": [stage],
-        "calibration": {"samples": 5, "sequence_length": 16, "batch_size": 2},
+        "calibration": {"samples": 5, "sequence_length": length, "batch_size": 2, "depth_samples": 4},
     }  # fmt: skip
     return parse_recipe({"megatron": flags, "elastic": elastic}, world_size=2)
 
@@ -282,13 +282,25 @@ def test_rank_parent_writes_one_file(process, tmp_path, monkeypatch):
     assert len(fingerprint) == 64
     assert read.calibration == {
         "samples": 5, "sequence_length": 16, "data": str(tmp_path / "text"), "checkpoint": str(tmp_path / "parent"),
-        "seed": None, "head_channels": 3, "fingerprint": fingerprint,
+        "depth_samples": 4, "seed": None, "head_channels": 3, "fingerprint": fingerprint,
     }  # fmt: skip
     fixed = rank_parent(recipe(tmp_path / "text"), tmp_path / "parent", tmp_path / "fixed.pt")
     assert fixed.depth is None
     once = rank_parent(recipe(tmp_path / "text"), tmp_path / "parent", tmp_path / "once.pt", depth="one-shot")
     assert once.depth is not None
     assert len(once.depth.rounds) == 1
+
+
+def test_a_split_that_does_not_fit_is_refused(process, tmp_path, monkeypatch):
+    with pytest.raises(ElasticError, match="1 ranks: they must be a multiple of TP x PP = 4"), process.split_groups(
+        parent.FLAGS
+    ):
+        pass
+    write_data(tmp_path / "text", 1000)
+    parent.write(tmp_path / "parent", parent.weights())
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    with pytest.raises(ElasticError, match=r"sequence_length 15: with sequence-parallel it must be a multiple of .* 2"):
+        rank_parent(recipe(tmp_path / "text", length=15), tmp_path / "parent", tmp_path / "scores.pt")
 
 
 def test_rank_parent_checks_before_it_computes(tmp_path):
