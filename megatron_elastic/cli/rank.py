@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--depth",
         choices=DEPTH,
         help="how layers are ranked: removed one after the other, judged once, or not "
-        "(default: iterative where the recipe's depth is elastic, else none)",
+        "(default: iterative where the recipe's depth is elastic and it gives no depth_ranking, else none)",
     )
     options.ranks(parser, "1")
     options.as_json(parser)

@@ -37,8 +37,9 @@ def dealt_flags(flags: Mapping[str, Any], samples: Iterable[int], ranks: int) ->
 
 
 def depth_method(recipe: Recipe, asked: str | None = None) -> str:
-    """How layers are ranked: as asked for, or `iterative` where the recipe's depth is elastic, else `none`."""
-    return asked or ("iterative" if len(recipe.family.choices["depth"]) > 1 else "none")
+    """How layers are ranked: as asked for, or `iterative` where depth is elastic and no order given, else `none`."""
+    family = recipe.family
+    return asked or ("iterative" if len(family.choices["depth"]) > 1 and not family.depth_ranking else "none")
 
 
 def removals(recipe: Recipe) -> int:
@@ -76,7 +77,8 @@ def rank_parent(
         recipe: for the parent's flags, the training data, the axes and the calibration settings.
         checkpoint: of the parent.
         out: the file; rank 0 writes it.
-        depth: `iterative`, `one-shot` or `none`; None: iterative where the recipe's depth is elastic.
+        depth: `iterative`, `one-shot` or `none`; None: iterative where the recipe's depth is elastic and it does not
+            give the order itself.
         progress: show bars on standard error (rank 0).
 
     Raises:
