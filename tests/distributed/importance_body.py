@@ -31,6 +31,12 @@ def main() -> None:
         assert len(set(everywhere)) == 1, name
         if dist.get_rank() == 0:
             scores.save(folder / f"{name}.pt")
+        if name == "EP 2 x PP 2":
+            with standalone.split_groups({**flags, **layout}):
+                again = kit.interrupted(folder, {**flags, **layout}, checkpoint, samples)
+            assert scores.depth is not None
+            assert (again.order, again.rounds) == (scores.depth.order, scores.depth.rounds)  # bit for bit
+            assert again.layer_forwards > scores.depth.layer_forwards
     wrong = {**kit.EXPERT_FLAGS, **kit.EXPERT_LAYOUTS["EP 4"]}
     with standalone.split_groups(wrong):
         scores = kit.measure(folder, wrong, "experts", kit.SAMPLES, data_rank=max(0, dist.get_rank() - 1))

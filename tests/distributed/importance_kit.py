@@ -1,5 +1,7 @@
 """A parent, its calibration text and the layouts on which its importance is compared with one process."""
 
+import contextlib
+import json
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +9,7 @@ import torch
 
 from megatron_elastic.checkpoint import write_checkpoint
 from megatron_elastic.flags import model_shape
-from megatron_elastic.importance import Scores
+from megatron_elastic.importance import DepthRanking, Scores
 from megatron_elastic.importance.calibration import CalibrationText
 from megatron_elastic.layout import Layout
 from tests.distributed import standalone_parent as parent
@@ -79,10 +81,24 @@ def write_text(prefix: Path) -> None:
     builder.finalize(f"{prefix}.idx")
 
 
-def measure(
-    folder: Path, flags: dict[str, Any], checkpoint: str, samples: int, data_rank: int | None = None
-) -> Scores:
-    """Width and depth scores on the groups that are initialised, fp64.
+def _prepared(folder: Path, flags: dict[str, Any], checkpoint: str, samples: int, data_rank: int | None) -> Any:
+    """The model on the groups that are initialised, fp64, and this rank's batches."""
+    from megatron.core import parallel_state
+
+    from megatron_elastic import standalone
+    from megatron_elastic.importance.ranking import dealt_flags
+    from megatron_elastic.training import load_parent
+
+    text = CalibrationText(folder / "text", samples=samples, sequence_length=LENGTH, vocab=60)
+    rank = parallel_state.get_data_parallel_rank() if data_rank is None else data_rank
+    ranks = parallel_state.get_data_parallel_world_size()
+    model = standalone.build_plain_model(dealt_flags(flags, [samples], ranks), torch.float64)
+    load_parent(model, folder / checkpoint)
+    return model, [text.tokens(batch) for batch in text.batches(BATCH, rank, ranks)]
+
+
+def measure(folder: Path, flags: dict[str, Any], checkpoint: str, samples: int, data_rank: int | None = None) -> Scores:
+    """Width and depth scores.
 
     Args:
         folder: of the checkpoint and the text.
@@ -91,23 +107,35 @@ def measure(
         samples: of calibration text.
         data_rank: whose samples this rank takes; None for its own.
     """
-    from megatron.core import parallel_state
-
-    from megatron_elastic import standalone
     from megatron_elastic.importance.collect import collect_scores
     from megatron_elastic.importance.depth import rank_depth
-    from megatron_elastic.importance.ranking import dealt_flags
-    from megatron_elastic.training import load_parent
 
-    text = CalibrationText(folder / "text", samples=samples, sequence_length=LENGTH, vocab=60)
-    rank = parallel_state.get_data_parallel_rank() if data_rank is None else data_rank
-    ranks = parallel_state.get_data_parallel_world_size()
-    batches = [text.tokens(batch) for batch in text.batches(BATCH, rank, ranks)]
-    model = standalone.build_plain_model(dealt_flags(flags, [samples], ranks), torch.float64)
-    load_parent(model, folder / checkpoint)
+    model, batches = _prepared(folder, flags, checkpoint, samples, data_rank)
     width = collect_scores(model, batches, head_channels=HEAD_CHANNELS)
     depth = rank_depth(model, batches, removals=REMOVALS)
     return Scores(width.hidden, width.layers, width.calibration, depth)
+
+
+class Stop(Exception):
+    """Ends every rank at the same place."""
+
+
+def interrupted(folder: Path, flags: dict[str, Any], checkpoint: str, samples: int) -> DepthRanking:
+    """The order of the layers, found by a ranking that is stopped in its second round and goes on."""
+    from megatron_elastic.importance.depth import rank_depth
+
+    model, batches = _prepared(folder, flags, checkpoint, samples, None)
+
+    def stop(done: int, planned: int) -> None:
+        if done > 0.7 * planned:
+            raise Stop
+
+    state = folder / "state.json"
+    with contextlib.suppress(Stop):
+        rank_depth(model, batches, removals=REMOVALS, state=state, progress=stop)
+    torch.distributed.barrier()  # what rank 0 wrote
+    assert len(json.loads(state.read_text())["removed"]) == 1
+    return rank_depth(model, batches, removals=REMOVALS, state=state)
 
 
 def worst(found: Scores, expected: Scores) -> float:
