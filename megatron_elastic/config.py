@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 
 from megatron_elastic.budget import Selection
-from megatron_elastic.curriculum import Calibration, Evaluation, PretrainRun, Stage, section
+from megatron_elastic.curriculum import TEACHERS, Calibration, Evaluation, PretrainRun, Stage, section
 from megatron_elastic.errors import RecipeError
 from megatron_elastic.family import Family
 from megatron_elastic.flags import flag_faults, model_shape
@@ -107,7 +107,7 @@ class Recipe:
 KNOWN_KEYS = (
     *("parent", "save", "train_data", "validation_data", "ffn_blocks", "axes", "budgets", "selections", "router"),
     *("stages", "temperature", "save_interval", "evaluation", "calibration", "teacher", "budget_mode"),
-    *("heterogeneous", "depth_ranking", "expert_blocks"),
+    *("heterogeneous", "depth_ranking", "expert_blocks", "deployment", "latency_table"),
 )
 BUDGET_MODES = ("joint", "sampled")
 REQUIRED_KEYS = ("parent", "save", "train_data", "validation_data", "axes", "budgets", "stages")
@@ -133,6 +133,8 @@ def _stages(raw: Any, budgets: int, ranks: Ranks, world_size: int | None, faults
                 f"{name}.global_batch_size: {stage.global_batch_size} must be a multiple of micro_batch_size x "
                 f"data-parallel size = {step}: roles are dealt in groups of that size"
             )
+        if stage.teacher not in TEACHERS:
+            faults.append(f"{name}.teacher: {stage.teacher!r} must be one of {list(TEACHERS)}")
         weights = stage.weights
         numbers = isinstance(weights, tuple) and all(isinstance(w, int | float) and w >= 0 for w in weights)
         if budgets and (not numbers or len(weights) != budgets or abs(sum(weights) - 1.0) > 1e-6):

@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
+from megatron_elastic.errors import ElasticError
+
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
@@ -15,6 +17,9 @@ class Stage:
         global_batch_size: base samples a step.
         micro_batch_size: base samples a microbatch on each data-parallel rank.
         weights: share of the loss of each budget, largest budget first; sums to 1.
+        teacher: `frozen`, or `trainable`: the full budget, as it is at this step, teaches the others, and itself learns
+            from the text (Nemotron Elastic, section 'Losses').
+        ce_weight: factor on the full budget's cross entropy where it is the teacher (alpha).
     """
 
     iterations: int
@@ -22,6 +27,8 @@ class Stage:
     global_batch_size: int
     micro_batch_size: int
     weights: tuple[float, ...]
+    teacher: str = "frozen"
+    ce_weight: float = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +80,9 @@ class PretrainRun:
         )
 
 
+TEACHERS = ("frozen", "trainable")
+
+
 def _value(kind: Any, raw: Any, name: str) -> tuple[Any, str | None]:
     """One value as its field's type, and what is wrong with it."""
     if kind not in (int, float):
@@ -109,4 +119,10 @@ def section[T](cls: type[T], raw: Any, name: str, faults: list[str]) -> T | None
             faults.append(fault)
     required = (key for key, each in known.items() if each.default is MISSING and each.default_factory is MISSING)
     faults.extend(f"{name}.{key}: required" for key in required if key not in raw)
-    return cls(**values) if len(faults) == before else None
+    if len(faults) > before:
+        return None
+    try:
+        return cls(**values)
+    except ElasticError as error:  # what the class itself refuses
+        faults.append(str(error))
+        return None

@@ -8,10 +8,12 @@ every cost, found by dynamic programming over cost in steps well below the toler
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from megatron_elastic.axes import AXES_OF_KIND
 from megatron_elastic.budget import Budget, Selection
 from megatron_elastic.family import Family
 
@@ -78,7 +80,8 @@ class _Search:
     """The choices of one decision, split into those that layers share and those that each layer makes."""
 
     def __init__(self, family: Family, budget: Budget, scores: Scores, allowed: Allowed) -> None:
-        self.family, self.unit = family, budget.unit
+        self.family, self.formula = family, family.formula(budget.unit)
+        self._made: dict[Any, tuple[tuple[int, ...], Tensor, Tensor]] = {}
         self.own = tuple(a for a in family.axes if family.uses(a) > 1) if budget.heterogeneous else ()
         self.shared = tuple(axis for axis in family.axes if axis not in self.own)
         self.allowed, self.scores = allowed, scores
@@ -100,6 +103,36 @@ class _Search:
             total += table[picks[:, column]]
         return total
 
+    def _kept_layers(self, numbers: Sequence[int]) -> Tensor:
+        """How many of some layers are kept, for every choice of depth, `[choices]`."""
+        family = self.family
+        skipped = [set(family.skipped(depth)) for depth in family.choices["depth"]]
+        return torch.tensor([sum(n not in left for n in numbers) for left in skipped], dtype=torch.float64)
+
+    def _tables(self, kind: str, own: Mapping[str, int]) -> tuple[tuple[int, ...], Tensor, Tensor]:
+        """What a layer costs, and its buffers, for every combination of the shared choices that concern it.
+
+        Args:
+            kind: of the layer.
+            own: size on its own axes.
+
+        Returns:
+            Columns of the picks, and two tables with a dimension for each.
+        """
+        key = kind, tuple(own.items())
+        if key not in self._made:
+            family = self.family
+            axes = [axis for axis in self.shared if axis == "hidden" or axis in AXES_OF_KIND[kind]]
+            every = [family.choices[axis] for axis in axes]
+            sizes = [{**dict(zip(axes, kept, strict=True)), **own} for kept in itertools.product(*every)]
+            shape = [len(each) for each in every]
+            made = [
+                torch.tensor([float(of(kind, each)) for each in sizes], dtype=torch.float64).view(shape)
+                for of in (self.formula.layer, self.formula.buffer)
+            ]
+            self._made[key] = tuple(self.shared.index(axis) for axis in axes), made[0], made[1]
+        return self._made[key]
+
     def cost(self, picks: Tensor, own: Mapping[str, Sequence[int]]) -> Tensor:
         """Cost of each combination with the layers' own choices, `[n]`.
 
@@ -108,19 +141,23 @@ class _Search:
             own: own axis -> number of the choice of each layer that has it.
         """
         family = self.family
-        sizes: dict[str, Tensor | list[Tensor]] = {}
-        ones = torch.ones(len(picks), dtype=torch.float64)
-        for axis, numbers in own.items():
-            sizes[axis] = [ones * family.choices[axis][number] for number in numbers]
-        for column, axis in enumerate(self.shared):
-            sizes[axis] = torch.tensor(family.choices[axis], dtype=torch.float64)[picks[:, column]]
-        gates = None
-        if len(family.choices["depth"]) > 1:
-            layers = len(family.shape.pattern)
-            kept = [[float(n not in family.skipped(d)) for n in range(layers)] for d in family.choices["depth"]]
-            gates = list(torch.tensor(kept, dtype=torch.float64)[picks[:, self.shared.index("depth")]].unbind(1))
-        found: Tensor = family.cost(sizes, gates, self.unit)
-        return found.expand(len(picks))
+        outside = [float(self.formula.outside(hidden)) for hidden in family.choices["hidden"]]
+        total = torch.tensor(outside, dtype=torch.float64)[picks[:, self.shared.index("hidden")]]
+        buffers, depth = torch.zeros_like(total), picks[:, self.shared.index("depth")]
+        groups: dict[tuple[str, tuple[tuple[str, int], ...]], list[int]] = {}
+        for number, kind in enumerate(family.shape.pattern):
+            sizes = tuple(
+                (axis, family.choices[axis][own[axis][family.layers_with(axis).index(number)]])
+                for axis in self.own_axes(number)
+            )
+            groups.setdefault((kind, sizes), []).append(number)
+        for (kind, sizes), numbers in groups.items():
+            columns, layer, buffer = self._tables(kind, dict(sizes))
+            place = tuple(picks[:, column] for column in columns)
+            kept = self._kept_layers(numbers)[depth]
+            total = total + kept * layer[place]
+            buffers = torch.maximum(buffers, (kept > 0) * buffer[place])
+        return total + buffers
 
     def extreme(self, largest: bool) -> dict[str, list[int]]:
         """The largest (or smallest) own choice of every layer."""

@@ -7,13 +7,28 @@ class ElasticError(Exception):
     """Base of every error that a user can cause and mend."""
 
 
-class RecipeError(ElasticError):
-    """A recipe, or a flag, that cannot be run: carries every fault found, not only the first."""
+class FaultsError(ElasticError):
+    """Carries every fault found, not only the first.
 
-    def __init__(self, faults: Iterable[str], source: str = "recipe") -> None:
+    Attributes:
+        faults: one sentence each.
+    """
+
+    def __init__(self, faults: Iterable[str], source: str) -> None:
         self.faults = list(faults)
         lines = "\n".join(f"  - {fault}" for fault in self.faults)
         super().__init__(f"{source}: {len(self.faults)} fault(s)\n{lines}")
+
+
+class RecipeError(FaultsError):
+    """A recipe, or a flag, that cannot be run."""
+
+    def __init__(self, faults: Iterable[str], source: str = "recipe") -> None:
+        super().__init__(faults, source)
+
+
+class HFError(FaultsError):
+    """A folder in Hugging Face's format that cannot be read, or a model that the format cannot hold."""
 
 
 class CheckpointError(ElasticError):

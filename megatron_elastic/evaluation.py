@@ -9,6 +9,7 @@ import torch
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 from torch import Tensor
 
+from megatron_elastic.asked import asked_selection
 from megatron_elastic.budget import Selection
 from megatron_elastic.checkpoint import find_verified, read_common, read_family, read_metadata
 from megatron_elastic.errors import CheckpointError, CorpusError
@@ -86,7 +87,7 @@ def _submodel(path: Path, metadata: Metadata | None, budget: str | None) -> tupl
         load_weights(model, path)
         return model, None, sum(parameter.numel() for parameter in model.parameters())
     name = budget or metadata.budgets[0].name
-    selection = metadata.selection_of(name)
+    selection = asked_selection(path, metadata, name)
     family = metadata.family
     elastic = build_elastic_model(metadata.flags, family)
     load_weights(elastic, path)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from megatron_elastic import cost_model
+from megatron_elastic.asked import asked_selection
 from megatron_elastic.axes import Dimension
 from megatron_elastic.budget import Selection
 from megatron_elastic.checkpoint import (
@@ -154,7 +155,7 @@ def extract_budget(checkpoint: str | Path, budget: str, out: str | Path, *, prog
 
     Args:
         checkpoint: folder of the family.
-        budget: name of the budget; its selection must be decided.
+        budget: name of the budget, whose selection must be decided; or a fraction between two budgets.
         out: folder to write; must not exist, or be empty.
         progress: whether to show bars.
 
@@ -167,7 +168,7 @@ def extract_budget(checkpoint: str | Path, budget: str, out: str | Path, *, prog
     require_free(Path(out))
     path = find_verified(checkpoint, progress=progress)
     family = read_family(path)
-    selection = family.selection_of(budget)
+    selection = asked_selection(path, family, budget)
     count = cut(
         path,
         out,

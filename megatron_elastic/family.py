@@ -1,13 +1,14 @@
 """A family as declared: the parent's shape, the choices of every axis and the budgets; and the slices that follow."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
 from megatron_elastic.axes import BlockOrder, Dimension, Segments
 from megatron_elastic.budget import Budget, Selection
-from megatron_elastic.cost_model import parameters
+from megatron_elastic.cost_model import CostFormula, Deployment
+from megatron_elastic.latency import LatencyTable
 from megatron_elastic.layout import Layout, ModelShape
 
 
@@ -22,6 +23,8 @@ class Family:
         heterogeneous: axes whose choice may differ between layers.
         depth_ranking: layer numbers, least important first: the choice `k` of `depth` skips the first `layers - k`.
         budgets: largest first.
+        deployment: where memory and FLOPs are counted.
+        latency: the user's measured table, for budgets of latency.
     """
 
     shape: ModelShape
@@ -31,6 +34,8 @@ class Family:
     heterogeneous: tuple[str, ...] = ()
     depth_ranking: tuple[int, ...] = ()
     budgets: tuple[Budget, ...]
+    deployment: Deployment = field(default_factory=Deployment)
+    latency: LatencyTable | None = None
 
     def __post_init__(self) -> None:
         """An axis that is not narrowed need not be named."""
@@ -61,11 +66,17 @@ class Family:
         """Numbers of the layers that have an axis; all of them for `hidden` and `depth`."""
         return self.shape.layers_with(axis)
 
+    def formula(self, unit: str) -> CostFormula:
+        """The cost of submodels of the parent in a unit.
+
+        Raises:
+            ElasticError: the unit is `latency`, and the family has no table.
+        """
+        return CostFormula(self.shape, unit, self.deployment, self.latency)
+
     def cost(self, sizes: Mapping[str, Any], gates: Sequence[Any] | None, unit: str) -> Any:
         """Cost of a submodel of the parent in a budget's unit; see `cost_model.cost`."""
-        if unit not in ("parameters", "active_parameters"):
-            raise NotImplementedError(unit)
-        return parameters(self.shape, sizes, gates, active=unit == "active_parameters")
+        return self.formula(unit).of(sizes, gates)
 
     def full_cost(self, unit: str) -> float:
         """Cost of the parent."""
@@ -167,9 +178,7 @@ class SlicePlans:
         key = kind, tuple(sorted(kept.items())), number in selection.skipped
         if key not in self._layers:
             layout = self.family.layout
-            sizes = {
-                axis: size // self.worlds[layout.sharded[axis]] for axis, size in kept.items() if axis != "hidden"
-            }
+            sizes = {axis: size // self.worlds[layout.sharded[axis]] for axis, size in kept.items() if axis != "hidden"}
             segments = self._segments(layout.of_kind(kind), kept)
             self._layers[key] = LayerPlan(kept["hidden"], sizes, segments, number in selection.skipped)
         return self._layers[key]

@@ -1,6 +1,6 @@
 """The forward step: one microbatch in its role, the joint multi-budget KD loss, and the router's place around it."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -13,9 +13,10 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from megatron_elastic.batch import rank_batch
 from megatron_elastic.budget import Selection
-from megatron_elastic.config import Recipe
+from megatron_elastic.config import Recipe, Stage
 from megatron_elastic.distillation.roles import TEACHER
 from megatron_elastic.layers.linear import TeacherTarget
+from megatron_elastic.layers.moe_role import MoeRole
 from megatron_elastic.loss_checks import check_loss
 from megatron_elastic.loss_log import LossLog
 from megatron_elastic.metrics import StepLog
@@ -48,22 +49,31 @@ class JointStep:
     Joint: each student returns its summed KL times `w_b * K`, and core divides by all budgets' tokens, `K` times the
     base tokens. Sampled: the budgets come as often as they weigh, each with its summed KL as it is, and the gradient is
     that one in the mean over the draws (the penalty, which needs no text, is exact).
+
+    In a stage whose teacher is trainable the teacher's turn runs the full budget as it is, without a gradient, and the
+    full budget's own turn learns from the text: `ce_weight` times the cross entropy in place of a KL that is zero.
     """
 
-    def __init__(self, recipe: Recipe, state: FamilyState, weights: Sequence[float], log: StepLog) -> None:
+    def __init__(self, recipe: Recipe, state: FamilyState, stage: Stage, log: StepLog) -> None:
         """Args:
         recipe: checked recipe.
         state: the family's state, saved with the model.
-        weights: of the budgets in this stage's loss, largest budget first.
+        stage: for the budgets' weights and the kind of teacher.
         log: where router and accounting go.
         """
-        self.recipe, self.state, self.weights, self.log = recipe, state, tuple(weights), log
-        self.names = [f"kd {budget.name}" for budget in recipe.family.budgets]
+        self.recipe, self.state, self.stage, self.log = recipe, state, stage, log
+        self.live = stage.teacher == "trainable"
+        budgets = recipe.family.budgets
+        self.names = [f"{'ce' if self._from_text(number) else 'kd'} {b.name}" for number, b in enumerate(budgets)]
         self.sampled = recipe.budget_mode == "sampled"
         self.losses = LossLog(self.names, log.interval)
         self._target: TeacherTarget | None = None
         self._provisional: tuple[int, tuple[Selection, ...]] = (-1, ())
         self._iteration = -1
+
+    def _from_text(self, budget: int) -> bool:
+        """Whether a budget learns from the text itself."""
+        return self.live and self.recipe.family.budgets[budget].fraction >= 1.0
 
     def attach(self, config: Any) -> None:
         """Registers the gradient hook in a transformer config, and the router's step after the backbone's."""
@@ -133,23 +143,26 @@ class JointStep:
         chunk: ElasticHybridModel = unwrap_model(model)
         device = next(chunk.parameters()).device
         local, documents = rank_batch(
-            batch, ("tokens", "position_ids", "loss_mask"), device, chunk.pg_collection.cp
+            batch, ("tokens", "position_ids", "loss_mask", "labels"), device, chunk.pg_collection.cp
         )
         training = chunk.training
         tokens, positions, mask = local["tokens"], local["position_ids"], local["loss_mask"].float()
         if budget == TEACHER:
-            hidden = model(tokens, positions, run_teacher=True, documents=documents)
+            hidden = model(tokens, positions, run_teacher=True, live_teacher=self.live, documents=documents)
             if chunk.post_process:
-                self._target = chunk.teacher_target(hidden)
+                self._target = chunk.teacher_target(hidden, self.live)
             return hidden, partial(self._teacher_loss, training=training)
+        from_text = self._from_text(budget)
         output = model(
             tokens,
             positions,
             **self._submodel(budget, training),
-            teacher=self._target if chunk.post_process else None,
+            teacher=self._target if chunk.post_process and not from_text else None,
+            labels=local["labels"] if chunk.post_process and from_text else None,
             loss_mask=mask,
             temperature=self.recipe.temperature,
             documents=documents,
+            moe=self._moe_role(budget) if training else None,
         )
 
         def loss(summed: Tensor) -> Loss:
@@ -158,14 +171,21 @@ class JointStep:
             measured = torch.stack([summed.detach().float().clamp(min=0.0), count])
             if training:
                 self.losses.add(budget, measured)
+            factor = self.stage.ce_weight if from_text else 1.0
             if self.sampled and training:
-                return summed, count.to(torch.int), {SAMPLED: measured}
+                return summed * factor, count.to(torch.int), {SAMPLED: measured}
             metrics = self._metrics(summed.device)
             metrics[self.names[budget]] = measured
-            scaled = summed * (self.weights[budget] * len(self.names))
+            scaled = summed * (self.stage.weights[budget] * len(self.names) * factor)
             return scaled, count.to(torch.int), metrics
 
         return output, loss
+
+    def _moe_role(self, budget: int) -> MoeRole:
+        """Only the full budget's tokens move the experts' biases; auxiliary losses weigh as the budget's loss does."""
+        full = self.recipe.family.budgets[budget].fraction >= 1.0
+        weight = 1.0 if self.sampled else self.stage.weights[budget] * len(self.names)
+        return MoeRole(count_tokens=full, loss_weight=weight)
 
     def _metrics(self, device: torch.device) -> dict[str, Tensor]:
         """Every microbatch returns every budget's key: Megatron reads the keys of the first one only."""

@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 
 from megatron_elastic.budget import Budget, Selection
+from megatron_elastic.cost_model import Deployment
 from megatron_elastic.errors import CheckpointError
 from megatron_elastic.family import Family
 from megatron_elastic.layout import ModelShape
+from megatron_elastic.router import RouterConfig
 
 KEY = "elastic.metadata"
 """Name of the metadata tensor in a checkpoint."""
@@ -37,6 +39,8 @@ class Metadata:
         heterogeneous: axes whose choice may differ between layers (families only).
         budgets: largest first (families only).
         selections: one per budget when decided, else empty.
+        deployment: where the budgets' memory and FLOPs are counted (families only).
+        router: its settings, where there is one (families only).
         budget_mode: `joint` or `sampled` (families only): decides how many samples Megatron counts for a base sample.
         stage: curriculum stage that wrote the checkpoint, from 1 (families only).
         iteration: optimizer steps made over all stages.
@@ -53,6 +57,8 @@ class Metadata:
     heterogeneous: tuple[str, ...] = ()
     budgets: tuple[Budget, ...] = ()
     selections: tuple[Selection, ...] = ()
+    deployment: Mapping[str, Any] = field(default_factory=dict)
+    router: Mapping[str, Any] = field(default_factory=dict)
     budget_mode: str = "joint"
     stage: int = 0
     iteration: int = 0
@@ -67,6 +73,7 @@ class Metadata:
         selections: tuple[Selection, ...] = (),
         stage: int = 0,
         budget_mode: str = "joint",
+        router: RouterConfig | None = None,
     ) -> "Metadata":
         """The description of a family as declared, before any training."""
         return cls(
@@ -80,6 +87,8 @@ class Metadata:
             heterogeneous=family.heterogeneous,
             budgets=family.budgets,
             selections=selections,
+            deployment=asdict(family.deployment),
+            router={} if router is None else asdict(router),
             stage=stage,
             budget_mode=budget_mode,
         )
@@ -95,6 +104,7 @@ class Metadata:
             heterogeneous=self.heterogeneous,
             depth_ranking=self.depth_ranking,
             budgets=self.budgets,
+            deployment=Deployment(**self.deployment),
         )
 
     def to_json(self) -> str:
@@ -120,9 +130,10 @@ class Metadata:
         try:
             shape = values["shape"] = ModelShape.from_dict(values["shape"])
             values["choices"] = {axis: tuple(sizes) for axis, sizes in values["choices"].items()}
-            if schema < 3 and values["kind"] == "family":
-                # Four axes are named: of the others everything is kept.
-                values["choices"] = {**shape.choices, **values["choices"]}
+            if schema < 3:  # axes that it did not know were whole
+                if values["choices"]:
+                    values["choices"] = {**shape.choices, **values["choices"]}
+                    values["deployment"] = asdict(Deployment())
                 values["selections"] = [{**shape.full, **kept} for kept in values["selections"]]
             for name in ("heterogeneous", "depth_ranking"):
                 values[name] = tuple(values.get(name, ()))
@@ -162,7 +173,7 @@ class Metadata:
         found = []
         for name in (
             *("kind", "shape", "ffn_blocks", "expert_blocks", "choices", "heterogeneous", "depth_ranking"),
-            *("budgets", "budget_mode"),
+            *("budgets", "budget_mode", "deployment"),
         ):
             mine, theirs = getattr(self, name), getattr(other, name)
             if mine != theirs:

@@ -164,6 +164,7 @@ class ElasticHybridModel(HybridModel):
         selection: Selection | None = None,
         probabilities: Mapping[str, Tensor] | None = None,
         run_teacher: bool = False,
+        live_teacher: bool = False,
         teacher: TeacherTarget | None = None,
         labels: Tensor | None = None,
         loss_mask: Tensor | None = None,
@@ -185,8 +186,9 @@ class ElasticHybridModel(HybridModel):
             probabilities: axis -> `[uses, choices]` fp32: runs under soft masks. By keyword, so that mixed precision
                 leaves it be.
             run_teacher: runs the frozen teacher instead and returns its final hidden states.
+            live_teacher: with `run_teacher`: the parent as it is now is the teacher.
             teacher: on the last stage, returns the summed KD loss against it.
-            labels: `[b, s]`: on the last stage, returns the summed cross entropy (no gradient).
+            labels: `[b, s]`: on the last stage, returns the summed cross entropy.
             loss_mask: `[b, s]`, required for a loss.
             temperature: of the KD softmax.
             documents: number of each token's document, `[b, s * CP]`, of the whole sequence in the order of the text
@@ -209,7 +211,8 @@ class ElasticHybridModel(HybridModel):
             tokens = input_ids.size(1) * self.pg_collection.cp.size()
             documents = documents_of_any(packed_seq_params, input_ids.size(0), tokens)
         if run_teacher:
-            return self._teacher_forward(input_ids, position_ids, documents)
+            teaching = self if live_teacher else self._frozen_teacher()
+            return self._teacher_forward(teaching, input_ids, position_ids, documents)
         hidden = self.trunk(
             input_ids,
             position_ids,
@@ -233,19 +236,25 @@ class ElasticHybridModel(HybridModel):
         result: Tensor = output
         return result
 
-    def _teacher_forward(self, input_ids: Tensor, position_ids: Tensor, documents: Tensor | None) -> Tensor:
+    def _frozen_teacher(self) -> "ElasticHybridModel":
         if not self.teachers:
             raise ValueError("run_teacher: this model has no teacher")
+        return self.teachers[0]
+
+    def _teacher_forward(
+        self, teaching: "ElasticHybridModel", input_ids: Tensor, position_ids: Tensor, documents: Tensor | None
+    ) -> Tensor:
         received = None if self.pre_process else self.decoder.input_tensor
         with torch.no_grad():
-            hidden = self.teachers[0].trunk(input_ids, position_ids, documents=documents)
+            hidden = teaching.trunk(input_ids, position_ids, documents=documents)
         if received is None or not received.requires_grad:
             return hidden
         return _Tie.apply(hidden, received)  # type: ignore[no-any-return]
 
-    def teacher_target(self, hidden: Tensor) -> TeacherTarget:
+    def teacher_target(self, hidden: Tensor, live: bool = False) -> TeacherTarget:
         """What the students of a batch are compared with: the teacher's final hidden states and its LM head."""
-        return TeacherTarget(hidden.detach(), self.teachers[0].output_layer.weight.detach())
+        # The live teacher's head is read where its owner runs: elsewhere it may be stale.
+        return TeacherTarget(hidden.detach(), None if live else self._frozen_teacher().output_layer.weight.detach())
 
     def sharded_state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Adds the family's state under keys that do not depend on the layout (first model chunk only)."""

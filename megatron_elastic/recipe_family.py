@@ -7,8 +7,11 @@ from typing import Any
 
 from megatron_elastic.axes import AXES, PER_LAYER_AXES
 from megatron_elastic.budget import UNITS, Budget, Selection
-from megatron_elastic.errors import CheckpointError
+from megatron_elastic.cost_model import Deployment
+from megatron_elastic.curriculum import section
+from megatron_elastic.errors import CheckpointError, ElasticError
 from megatron_elastic.family import Family
+from megatron_elastic.latency import LatencyTable
 from megatron_elastic.layout import Layout, ModelShape
 from megatron_elastic.parallel import Ranks
 
@@ -142,6 +145,8 @@ def _budget(raw: Any, name: str, family: Family | None, faults: list[str]) -> Bu
         value = raw.get(key, 1.0)
         if not isinstance(value, int | float) or isinstance(value, bool):
             faults.append(f"{name}.{key}: {value!r} must be a number (write 6.0e+9, YAML reads 6e9 as text)")
+    if unit == "latency" and family is not None and family.latency is None:
+        faults.append(f"{name}.unit: latency needs a table of what was measured: elastic.latency_table: FILE")
     if len(faults) > before or family is None:
         return None
     fraction = raw["fraction"] if "fraction" in raw else raw["target"] / family.full_cost(unit)
@@ -168,6 +173,20 @@ def _budgets(raw: Any, family: Family | None, faults: list[str]) -> tuple[Budget
     return budgets
 
 
+def _places(elastic: Mapping[str, Any], faults: list[str]) -> dict[str, Any]:
+    """Where memory and FLOPs are counted, and the table of measured latencies."""
+    found: dict[str, Any] = {}
+    deployment = section(Deployment, elastic.get("deployment", {}), "elastic.deployment", faults)
+    if deployment is not None:
+        found["deployment"] = deployment
+    if "latency_table" in elastic:
+        try:
+            found["latency"] = LatencyTable.load(str(elastic["latency_table"]))
+        except ElasticError as error:
+            faults.append(f"elastic.latency_table: {error}")
+    return found
+
+
 def parse_family(
     elastic: Mapping[str, Any], shape: ModelShape, ranks: Ranks, faults: list[str]
 ) -> Family | None:
@@ -189,6 +208,7 @@ def parse_family(
     ranking: tuple[int, ...] = ()
     if "depth_ranking" in elastic:
         ranking = _ranking(elastic["depth_ranking"], shape, choices.get("depth", ()), faults)
+    places = _places(elastic, faults)
     bare = None
     if len(faults) == before:
         bare = Family(
@@ -199,6 +219,7 @@ def parse_family(
             heterogeneous=different,
             depth_ranking=ranking,
             budgets=(),
+            **places,
         )
     budgets = _budgets(elastic.get("budgets"), bare, faults)
     return None if bare is None or len(faults) > before else replace(bare, budgets=budgets)

@@ -30,6 +30,7 @@ from megatron_elastic.layers.plain import plain_stack_spec
 from megatron_elastic.metadata import Metadata
 from megatron_elastic.metrics import StepLog
 from megatron_elastic.model import ElasticHybridModel, ElasticModelBuilder, ElasticModelConfig, FamilyState
+from megatron_elastic.parents import with_ranked_layers
 from megatron_elastic.router import Router, RouterTrainer
 from megatron_elastic.schedule import stage_argv
 
@@ -164,6 +165,7 @@ def train_stage(recipe: Recipe, number: int) -> None:
         recipe: checked recipe.
         number: of the stage, from 1.
     """
+    recipe = with_ranked_layers(recipe)
     stage = recipe.stages[number - 1]
     args = _parse(
         stage_argv(
@@ -190,10 +192,11 @@ def train_stage(recipe: Recipe, number: int) -> None:
             selections=recipe.selections,
             stage=number,
             budget_mode=recipe.budget_mode,
+            router=recipe.router,
         ),
         trainer,
     )
-    step = JointStep(recipe, state, stage.weights, StepLog(recipe, number, args.log_interval))
+    step = JointStep(recipe, state, stage, StepLog(recipe, number, args.log_interval))
     config = hybrid_config_from_args(args, model_config_cls=ElasticModelConfig)
     config.family = recipe.family
     config.on_build = _Attach(recipe, state, step)

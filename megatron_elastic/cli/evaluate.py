@@ -17,7 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the subcommand's arguments on its own parser."""
     options.describe(parser, DESCRIPTION)
     parser.add_argument("--checkpoint", type=Path, required=True, metavar="DIR", help="family or model (torch_dist)")
-    parser.add_argument("--budget", metavar="NAME", help="budget of the family (default: the largest)")
+    parser.add_argument("--budget", metavar="NAME", help="budget, or a share between two (default: the largest)")
     parser.add_argument("--data", required=True, metavar="PREFIX", help="token data: PREFIX.bin and PREFIX.idx")
     parser.add_argument(
         "--tokens", type=options.at_least_one, metavar="N", help="tokens, from the start (default: all)"

@@ -18,7 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the subcommand's arguments on its own parser."""
     options.describe(parser, DESCRIPTION)
     parser.add_argument("--checkpoint", type=Path, required=True, metavar="DIR", help="the family")
-    parser.add_argument("--budget", required=True, metavar="NAME", help="name of the budget, as in the recipe")
+    parser.add_argument("--budget", required=True, metavar="NAME", help="the budget, or a share between two: 0.6")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write; new or empty")
     options.as_json(parser)
 

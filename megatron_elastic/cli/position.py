@@ -27,6 +27,7 @@ from megatron_elastic.cli.launch import gpu_count
 from megatron_elastic.config import Recipe
 from megatron_elastic.errors import CheckpointError, CorpusError
 from megatron_elastic.metadata import Metadata
+from megatron_elastic.parents import with_ranked_layers
 from megatron_elastic.schedule import VERIFY_FLAG
 
 __all__ = [
@@ -91,7 +92,8 @@ def family_position(recipe: Recipe) -> int:
     """
 
     def check(path: Path) -> None:
-        declared = Metadata.of_family(recipe.family, recipe.megatron, budget_mode=recipe.budget_mode)
+        family = with_ranked_layers(recipe).family
+        declared = Metadata.of_family(family, recipe.megatron, budget_mode=recipe.budget_mode)
         different = declared.same_family(read_family(path))
         if different:
             raise CheckpointError(
@@ -213,6 +215,7 @@ def check_parent(recipe: Recipe) -> None:
     for role, place in {"parent": recipe.parent, "teacher": recipe.teacher}.items():
         if role == "parent" or place != recipe.parent:
             _check_model(recipe, role, place)
+    with_ranked_layers(recipe)
 
 
 def _check_model(recipe: Recipe, role: str, place: str) -> None:
@@ -228,9 +231,11 @@ def _check_model(recipe: Recipe, role: str, place: str) -> None:
         if found[name] != wanted[name]
     ]
     described = read_metadata(path) if role == "parent" else None  # a teacher runs whole, in whatever order
-    if described is not None and described.ffn_blocks != recipe.family.ffn_blocks:
-        blocks = f"{described.ffn_blocks} ffn blocks, the recipe has {recipe.family.ffn_blocks}"
-        faults.append(f"it is sorted into {blocks}: sort the parent again")
+    for kind in ("ffn_blocks", "expert_blocks"):
+        mine, theirs = getattr(recipe.family, kind), getattr(described, kind, None)
+        if described is not None and theirs != mine:
+            blocks = f"{theirs} {kind.replace('_', ' ')}, the recipe has {mine}"
+            faults.append(f"it is sorted into {blocks}: sort the parent again")
     if faults:
         more = f" and {len(faults) - 4} more" if len(faults) > 4 else ""
         raise CheckpointError(f"{path}: not the {role} that the recipe describes: {'; '.join(faults[:4])}{more}")

@@ -104,7 +104,7 @@ def scratch_flags(recipe: Any, budget: str) -> dict[str, Any]:
     family = read_metadata(path)
     if family is None:
         raise CheckpointError(f"{path}: not a family (no description inside)")
-    shape = family.shape.resized(family.selection_of(budget).as_dict())
+    shape = family.selection_of(budget).submodel(family.shape)
     on_top = {} if recipe.pretrain is None else recipe.pretrain.megatron
     settings = {flag: value for flag, value in on_top.items() if "parallel" not in flag}
     return shape_flags(shape, {**recipe.megatron, **settings})

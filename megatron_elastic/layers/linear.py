@@ -94,12 +94,12 @@ class TeacherTarget:
 
     Attributes:
         hidden: final hidden states after the final norm, `[s, b, h]` (`[s / TP, b, h]` with sequence parallelism).
-        weight: the teacher's LM head on this rank, `[V / TP, h]`.
+        weight: the teacher's LM head on this rank, `[V / TP, h]`; None where the parent itself teaches: its own head.
         log_sum_exp: per token, `[s * b]`; filled by the first student, read by the others.
     """
 
     hidden: Tensor
-    weight: Tensor
+    weight: Tensor | None
     log_sum_exp: Tensor | None = None
 
 
@@ -130,7 +130,7 @@ class ElasticLMHead(ElasticColumnParallelLinear):
             weight, runtime_gather_output: as in core (logits only).
             segments: kept rows and columns of the weight; None uses all of it.
             teacher: target of the distillation; its `log_sum_exp` is filled.
-            labels: `[b, s]`, for evaluation (no gradient).
+            labels: `[b, s]`.
             token_weights: `[b, s]`, the loss mask.
             temperature: of the KD softmax.
         """
@@ -151,7 +151,7 @@ class ElasticLMHead(ElasticColumnParallelLinear):
             hidden,
             kept,
             target,
-            teacher.weight,
+            self.weight.detach() if teacher.weight is None else teacher.weight,
             mask,
             temperature=temperature,
             group=group,

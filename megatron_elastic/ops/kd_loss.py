@@ -95,7 +95,6 @@ def kd_loss_ref(
     return temperature**2 * (divergence * token_weights.to(compute)).sum(), teacher.logsumexp(-1).flatten()
 
 
-@torch.no_grad()
 def cross_entropy(
     hidden: Tensor,
     weight: Tensor,
@@ -104,7 +103,9 @@ def cross_entropy(
     group: dist.ProcessGroup | None = None,
     chunk_tokens: int | None = None,
 ) -> Tensor:
-    """Cross entropy `sum_t -w_t log p_t[label_t]` in nats, without a gradient (evaluation).
+    """Cross entropy `sum_t -w_t log p_t[label_t]` in nats.
+
+    Where a gradient is wanted it is computed with the loss, chunk by chunk, and only scaled in the backward.
 
     Args:
         hidden: normalised hidden states `[s, b, k]`.
@@ -115,25 +116,16 @@ def cross_entropy(
         chunk_tokens: tokens per chunk; None for `default_chunk_tokens`.
 
     Returns:
-        `loss_sum`, 0-dim, the same on every rank of `group`; fp32 (fp64 when `hidden` is fp64).
+        `loss_sum`, 0-dim, the same on every rank of `group`; fp32 (fp64 when `hidden` is fp64). The gradient of
+        `hidden` is this shard's part of a sum over `group`.
 
     Raises:
         ValueError: `chunk_tokens` is not positive, or the shapes do not fit each other.
     """
     _check_shapes(hidden, weight, token_weights, chunk_tokens)
-    compute = torch.promote_types(hidden.dtype, torch.float32)
-    tokens, vocabulary = token_weights.numel(), weight.size(0)
-    first = vocabulary * (0 if group is None else dist.get_rank(group))
-    total = torch.zeros((), dtype=compute, device=hidden.device)
-    flat, targets, weights = hidden.flatten(0, 1), labels.flatten() - first, token_weights.flatten().to(compute)
-    for part in _chunks(tokens, vocabulary, chunk_tokens):
-        logits = _logits(flat[part], weight, 1.0, compute)
-        logits -= _reduce(logits.amax(-1), dist.ReduceOp.MAX, group)[:, None]
-        here = (targets[part] >= 0) & (targets[part] < vocabulary)
-        target = logits.gather(-1, targets[part].where(here, 0)[:, None])[:, 0].where(here, 0.0)
-        sums = _reduce(torch.stack([logits.exp_().sum(-1), target]), dist.ReduceOp.SUM, group)
-        total += torch.dot(sums[0].log() - sums[1], weights[part])
-    return total
+    settings = (group, chunk_tokens, torch.is_grad_enabled())
+    loss: Tensor = _CrossEntropy.apply(hidden, weight, labels, token_weights, settings)  # type: ignore[no-untyped-call]
+    return loss
 
 
 def cross_entropy_ref(hidden: Tensor, weight: Tensor, labels: Tensor, token_weights: Tensor) -> Tensor:
@@ -200,6 +192,85 @@ def _divergence(
     return divergence.clamp_min_(0.0), lse
 
 
+class _Gradients:
+    """Gradients of a loss of logits `hidden @ weight.t()`, added up chunk by chunk; None where none is wanted."""
+
+    def __init__(self, hidden: Tensor, weight: Tensor, compute: torch.dtype, wanted: tuple[bool, bool]) -> None:
+        self.flat, self.weight = hidden.flatten(0, 1), weight
+        self.hidden = torch.empty_like(self.flat) if wanted[0] else None
+        self.weights = torch.zeros_like(weight, dtype=compute) if wanted[1] else None
+
+    def add(self, part: slice, d_logits: Tensor) -> None:
+        """Takes one chunk's gradient of the logits, `[c, V / TP]`."""
+        if self.hidden is None and self.weights is None:
+            return
+        d_logits = d_logits.to(self.flat.dtype)
+        if self.hidden is not None:
+            torch.mm(d_logits, self.weight, out=self.hidden[part])
+        if self.weights is not None and self.weights.dtype == d_logits.dtype:
+            self.weights.addmm_(d_logits.t(), self.flat[part])
+        elif self.weights is not None:
+            self.weights += d_logits.t() @ self.flat[part]
+
+    def finish(self, factor: float = 1.0) -> tuple[Tensor | None, Tensor | None]:
+        """The gradients of hidden states `[s * b, k]` and weight, times a factor, in their own dtypes."""
+        if self.hidden is not None and factor != 1.0:
+            self.hidden *= factor
+        weights = self.weights
+        if weights is not None:
+            weights = (weights.mul_(factor) if factor != 1.0 else weights).to(self.weight.dtype)
+        return self.hidden, weights
+
+
+def _scaled(gradients: tuple[Tensor | None, ...], factor: Tensor, shape: torch.Size) -> tuple[Tensor | None, ...]:
+    d_hidden, d_weight = gradients
+    if d_hidden is not None:
+        d_hidden = (d_hidden * factor.to(d_hidden.dtype)).view(shape)
+    if d_weight is not None:
+        d_weight = d_weight * factor.to(d_weight.dtype)
+    return d_hidden, d_weight
+
+
+class _CrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        token_weights: Tensor,
+        settings: tuple[dist.ProcessGroup | None, int | None, bool],
+    ) -> Tensor:
+        group, chunk_tokens, grad_enabled = settings
+        compute = torch.promote_types(hidden.dtype, torch.float32)
+        tokens, vocabulary = token_weights.numel(), weight.size(0)
+        first = vocabulary * (0 if group is None else dist.get_rank(group))
+        total = torch.zeros((), dtype=compute, device=hidden.device)
+        flat, targets, weights = hidden.flatten(0, 1), labels.flatten() - first, token_weights.flatten().to(compute)
+        wanted = grad_enabled and ctx.needs_input_grad[0], grad_enabled and ctx.needs_input_grad[1]
+        gradients = _Gradients(hidden, weight, compute, wanted)
+        for part in _chunks(tokens, vocabulary, chunk_tokens):
+            logits = _logits(flat[part], weight, 1.0, compute)
+            logits -= _reduce(logits.amax(-1), dist.ReduceOp.MAX, group)[:, None]
+            here = (targets[part] >= 0) & (targets[part] < vocabulary)
+            index = targets[part].where(here, 0)[:, None]
+            target = logits.gather(-1, index)[:, 0].where(here, 0.0)
+            sums = _reduce(torch.stack([logits.exp_().sum(-1), target]), dist.ReduceOp.SUM, group)
+            total += torch.dot(sums[0].log() - sums[1], weights[part])
+            if any(wanted):
+                logits /= sums[0, :, None]
+                logits.scatter_add_(-1, index, -here[:, None].to(compute))
+                gradients.add(part, logits.mul_(weights[part, None]))
+        ctx.save_for_backward(*gradients.finish())
+        ctx.shape = hidden.shape
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return *_scaled(ctx.saved_tensors, grad, ctx.shape), None, None, None
+
+
 class _KDLoss(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -219,8 +290,8 @@ class _KDLoss(torch.autograd.Function):
         weights = token_weights.flatten().to(compute)
         total = torch.zeros((), dtype=compute, device=hidden.device)
         lse = torch.empty(tokens, dtype=compute, device=hidden.device) if teacher_lse is None else teacher_lse.detach()
-        d_hidden = torch.empty_like(flat) if grad_enabled and ctx.needs_input_grad[0] else None
-        d_weight = torch.zeros_like(weight, dtype=compute) if grad_enabled and ctx.needs_input_grad[1] else None
+        wanted = grad_enabled and ctx.needs_input_grad[0], grad_enabled and ctx.needs_input_grad[1]
+        gradients = _Gradients(hidden, weight, compute, wanted)
         for part in _chunks(tokens, vocabulary, chunk_tokens):
             student = _logits(flat[part], weight, temperature, compute)
             teacher = _logits(teacher_flat[part], teacher_weight, temperature, compute)
@@ -229,21 +300,10 @@ class _KDLoss(torch.autograd.Function):
             total += torch.dot(divergence, weights[part])
             if known is None:
                 lse[part] = part_lse
-            if d_hidden is None and d_weight is None:
-                continue
-            d_logits = student.mul_(weights[part, None]).to(hidden.dtype)
-            if d_hidden is not None:
-                torch.mm(d_logits, weight, out=d_hidden[part])
-            if d_weight is not None and d_weight.dtype == d_logits.dtype:
-                d_weight.addmm_(d_logits.t(), flat[part])
-            elif d_weight is not None:
-                d_weight += d_logits.t() @ flat[part]
+            if any(wanted):
+                gradients.add(part, student.mul_(weights[part, None]))
         # The loss has T^2, the logits were divided by T.
-        if d_hidden is not None:
-            d_hidden *= temperature
-        if d_weight is not None:
-            d_weight = d_weight.mul_(temperature).to(weight.dtype)
-        ctx.save_for_backward(d_hidden, d_weight)
+        ctx.save_for_backward(*gradients.finish(temperature))
         ctx.shape = hidden.shape
         ctx.mark_non_differentiable(lse)
         return total * temperature**2, lse
@@ -251,9 +311,4 @@ class _KDLoss(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        d_hidden, d_weight = ctx.saved_tensors
-        if d_hidden is not None:
-            d_hidden = (d_hidden * grad.to(d_hidden.dtype)).view(ctx.shape)
-        if d_weight is not None:
-            d_weight = d_weight * grad.to(d_weight.dtype)
-        return d_hidden, d_weight, None, None, None, None, None
+        return *_scaled(ctx.saved_tensors, grad, ctx.shape), None, None, None, None, None

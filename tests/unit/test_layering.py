@@ -20,6 +20,7 @@ LEVELS = {
     "curriculum": 1,
     "parallel": 1,
     "budget": 2,
+    "latency": 1,
     "cost_model": 2,
     "family": 2,
     "metadata": 2,
@@ -47,8 +48,8 @@ LEVELS = {
 BESIDE = {
     "corpus": 4,
     "documents": 4,
-    "export": 4,
     "extraction": 4,
+    "hf": 4,
     "report": 4,
     "sorting": 4,
     "standalone": 7,
@@ -61,7 +62,13 @@ ENGINE_LEVEL = 5
 TOP = {"cli", "quickstart", "__main__"}
 
 # `import` of these works with torch alone: they are read, tested and used on machines without the engine.
-TORCH_ONLY = {name for name, level in LEVELS.items() if level <= 4} | {"corpus", "documents", "extraction", "sorting"}
+TORCH_ONLY = {name for name, level in LEVELS.items() if level <= 4} | {
+    "corpus",
+    "documents",
+    "extraction",
+    "hf",
+    "sorting",
+}
 TORCH_ONLY_PACKAGES = {"torch", "numpy", "yaml"} | set(sys.stdlib_module_names)
 TRAINING_IMPORTERS = {"training", "forward_step", "loss_checks", "metrics", "evaluation", "importance", "standalone"}
 TRAINING_IMPORTERS |= ENGINE

@@ -161,7 +161,13 @@ def test_cross_entropy_equals_unfused(chunk):
     loss = cross_entropy(hidden, weight, labels, weights, chunk_tokens=chunk)
     expected = cross_entropy_ref(hidden, weight, labels.clamp_min(0), weights)
     assert loss.shape == ()
-    assert not loss.requires_grad
-    torch.testing.assert_close(loss, expected.detach(), **EXACT)
+    torch.testing.assert_close(loss, expected, **EXACT)
+    for made, wanted in zip(
+        torch.autograd.grad(3.0 * loss, (hidden, weight)), torch.autograd.grad(3.0 * expected, (hidden, weight)), strict=True
+    ):
+        torch.testing.assert_close(made, wanted, **EXACT)
+        assert not torch.allclose(made, 1.01 * wanted)
+    with torch.no_grad():
+        assert torch.equal(cross_entropy(hidden, weight, labels, weights, chunk_tokens=chunk), loss)
     other = cross_entropy(hidden, weight, (labels + 1) % 11, weights, chunk_tokens=chunk)
     assert not torch.allclose(other, loss, rtol=1e-3)
