@@ -162,9 +162,8 @@ def steps(mode: str, layout: Layout, step: JointStep, wrapped: list[Any], optimi
         # What the router's step will see, before it is made.
         if number == sizes.FIRST:
             router = trainer.router
-            made = [
-                {axis: router.probabilities(b, axis, number) for axis in sizes.FAMILY.axes} for b in range(len(sizes.WEIGHTS))
-            ]
+            axes, budgets = sizes.FAMILY.axes, range(len(sizes.WEIGHTS))
+            made = [{axis: router.probabilities(b, axis, number) for axis in axes} for b in budgets]
             found["penalty"] = torch.stack([router.penalty(b, p) for b, p in enumerate(made)]).detach()
             found["selections"] = small.chosen(router, number)
         optimizer.step()

@@ -23,7 +23,7 @@ LEVELS = {
     "latency": 1,
     "cost_model": 2,
     "family": 2,
-    "metadata": 2,
+    "metadata": 3,
     "masks": 3,
     "decision": 3,
     "planning": 3,
@@ -46,8 +46,10 @@ LEVELS = {
 }
 # Beside the trunk: the highest trunk level that each may import; nothing in the trunk imports them.
 BESIDE = {
+    "asked": 4,
     "corpus": 4,
     "documents": 4,
+    "parents": 4,
     "extraction": 4,
     "hf": 4,
     "report": 4,
