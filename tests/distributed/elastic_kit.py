@@ -168,8 +168,12 @@ def set_weights(model: torch.nn.Module, layout: Layout, weights: Mapping[str, Te
 
 
 def elastic_model(
-    *, dtype: torch.dtype = torch.float64, teacher_jitter: float = 0.05, family: Family = FAMILY,
-    positions: str = "none", **other: Any,
+    *,
+    dtype: torch.dtype = torch.float64,
+    teacher_jitter: float = 0.05,
+    family: Family = FAMILY,
+    positions: str = "none",
+    **other: Any,
 ) -> ElasticHybridModel:
     """The family's model on this rank with a frozen teacher that differs a little (equal ones would hide faults)."""
     settings = ElasticModelConfig(

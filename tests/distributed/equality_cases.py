@@ -114,9 +114,7 @@ def teacher_logits_of(model: Any) -> Tensor:
     """The teacher's logits, whole."""
     batch = kit.batch()
     with torch.no_grad():
-        return gather_from_tensor_model_parallel_region(
-            model.teachers[0](batch["tokens"], batch["position_ids"], None)
-        )
+        return gather_from_tensor_model_parallel_region(model.teachers[0](batch["tokens"], batch["position_ids"], None))
 
 
 def soft(selection: Selection) -> dict[str, Any]:

@@ -21,9 +21,12 @@ SMALL = Selection.from_dict({**SHAPE.full, "hidden": 15, "ffn": 20, "mamba_heads
 FAMILY = Family(
     shape=SHAPE,
     ffn_blocks=parent.BLOCKS,
-    choices={"hidden": (24, 15), "ffn": (32, 20), "mamba_heads": (8, 6), "attention_heads": (8, 2)},
+    choices={
+        "hidden": (24, 15), "ffn": (32, 20), "mamba_heads": (8, 6), "mamba_head_dim": (4,), "attention_heads": (8, 2),
+        "depth": (5,),
+    },
     budgets=(Budget("p100", 1.0), Budget("p50", 0.5)),
-)
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")

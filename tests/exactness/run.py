@@ -82,7 +82,7 @@ def run(mode: str, layout: Layout, *, faulty: bool = False) -> dict[str, Any]:
     state = FamilyState(description, trainer)
     recipe: Any = SimpleNamespace(family=sizes.FAMILY, temperature=1.0, budget_mode=mode.split()[0])
     log: Any = SilentLog()
-    step = JointStep(recipe, state, sizes.WEIGHTS, log)
+    step = JointStep(recipe, state, sizes.STAGE, log)
     if faulty:
         router.config = RouterConfig(**{**vars(router.config), "check_interval": 0})
     config = chunks[0].config

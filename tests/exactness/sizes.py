@@ -1,6 +1,7 @@
 """Sizes of the small family of the table of exactness; needs torch alone."""
 
 from megatron_elastic.budget import Budget
+from megatron_elastic.curriculum import Stage
 from megatron_elastic.family import Family
 from megatron_elastic.layout import ModelShape
 from megatron_elastic.router import RouterConfig
@@ -23,6 +24,7 @@ SEPARATORS = {(1, 1): "M-*M", (2, 1): "M-|*M", (2, 2): "M|-|*|M"}
 WEIGHTS = (0.6, 0.4)
 SAMPLES, LENGTH = 4, 16
 """Base samples a step, and tokens of each."""
+STAGE = Stage(iterations=40, sequence_length=LENGTH, global_batch_size=SAMPLES, micro_batch_size=1, weights=WEIGHTS)
 FIRST, STEPS = 4, 5
 """Optimizer step that comes first (inside the router's schedules), and how many are made."""
 ROUTER = RouterConfig(iterations=40, width=16, std=0.5, clip=1.0, warmup=6, penalty=0.7, seed=3, check_interval=2)

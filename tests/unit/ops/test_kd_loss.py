@@ -162,8 +162,11 @@ def test_cross_entropy_equals_unfused(chunk):
     expected = cross_entropy_ref(hidden, weight, labels.clamp_min(0), weights)
     assert loss.shape == ()
     torch.testing.assert_close(loss, expected, **EXACT)
-    got, want = (torch.autograd.grad(3.0 * each, (hidden, weight)) for each in (loss, expected))
-    for made, wanted in zip(got, want, strict=True):
+    for made, wanted in zip(
+        torch.autograd.grad(3.0 * loss, (hidden, weight)),
+        torch.autograd.grad(3.0 * expected, (hidden, weight)),
+        strict=True,
+    ):
         torch.testing.assert_close(made, wanted, **EXACT)
         assert not torch.allclose(made, 1.01 * wanted)
     with torch.no_grad():
