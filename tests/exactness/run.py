@@ -38,7 +38,7 @@ class SilentLog:
 
 
 def count_runs(chunks: list[Any]) -> Counter[str]:
-    """Counts how often the students' parts run from now on, replays included: `mlp`, `layernorm`."""
+    """Counts how often parts of layers that every student runs do so from now on, replays too: `mlp`, `layernorm`."""
     found: Counter[str] = Counter()
 
     def count(what: str) -> Callable[..., None]:
@@ -46,7 +46,8 @@ def count_runs(chunks: list[Any]) -> Counter[str]:
 
     for chunk in chunks:
         for layer in chunk.decoder.layers:
-            if hasattr(layer, "pre_mlp_layernorm") and hasattr(layer.mlp, "linear_fc1"):
+            left_out = any(layer.layer_number - 1 in selection.skipped for selection in sizes.SELECTIONS)
+            if hasattr(layer, "pre_mlp_layernorm") and hasattr(layer.mlp, "linear_fc1") and not left_out:
                 layer.pre_mlp_layernorm.register_forward_hook(count("layernorm"))
                 layer.mlp.register_forward_hook(count("mlp"))
     return found
