@@ -13,6 +13,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.training import global_vars
 from torch import Tensor
 
+from megatron_elastic.curriculum import Stage
 from megatron_elastic.distillation.roles import JointRoles
 from megatron_elastic.forward_step import JointStep
 from megatron_elastic.metadata import Metadata
@@ -23,6 +24,7 @@ WEIGHTS = (0.5, 0.3, 0.2)
 BASE_MICROBATCHES = 2
 ROUTER = RouterConfig(iterations=20, width=16, std=0.5, clip=1e9, warmup=1, penalty=0.7, seed=3)
 STEP = 4
+STAGE = Stage(iterations=20, sequence_length=24, global_batch_size=4, micro_batch_size=2, weights=WEIGHTS)
 
 
 class SilentLog:
@@ -130,7 +132,7 @@ def joint(mode: str, tp: int, pp: int, *, ambient: bool = False, **config: Any) 
     )
     model.states = (state,)
     recipe = SimpleNamespace(family=kit.FAMILY, temperature=1.0, budget_mode="joint")
-    step = JointStep(recipe, state, WEIGHTS, SilentLog())  # type: ignore[arg-type]
+    step = JointStep(recipe, state, STAGE, SilentLog())  # type: ignore[arg-type]
     model.config.finalize_model_grads_func = step.finalize
     wrapped = DistributedDataParallel(
         model.config, DistributedDataParallelConfig(grad_reduce_in_fp32=False, overlap_grad_reduce=False), model

@@ -133,7 +133,7 @@ def test_misspelt_flags_are_told(flag: str) -> None:
 
 
 def test_layer_kinds_without_an_elastic_layer_are_refused() -> None:
-    for pattern, kind in (("M-E*", "E"), ("MG", "G"), ("DM*", "D")):
+    for pattern, kind in (("M-X*", "X"), ("MG", "G"), ("DM*", "D")):
         faults: list[str] = []
         assert model_shape({**GOOD, "hybrid-layer-pattern": pattern}, faults) is None
         assert f"'{kind}'" in faults[0]
