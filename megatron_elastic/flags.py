@@ -133,7 +133,8 @@ REFUSALS: tuple[Refusal, ...] = (
     # Mixture of experts.
     Refusal("moe-layer-freq", _not(None, 1), "hybrid-layer-pattern says which layers have experts (E)"),
     Refusal("moe-use-upcycling", _given, "the parent comes from a checkpoint: upcycle it with Megatron first"),
-    Refusal("moe-grouped-gemm", _given, "core's grouped experts are Transformer Engine's: they run one after another"),
+    Refusal("moe-single-grouped-weight", _given, "experts have a weight each here: leave it out"),
+    Refusal("moe-single-grouped-bias", _given, "experts have no biases: leave it out"),
     Refusal("moe-latent-size", _given, f"latent experts: {_NO_LAYER}"),
     Refusal("moe-shared-expert-gate", _given, f"a gate on the shared expert: {_NO_LAYER}"),
     Refusal("moe-shared-expert-overlap", _given, "the dispatcher would run the shared expert without its selection"),

@@ -39,6 +39,7 @@ ROUTERS: dict[str, tuple[dict[str, Any], bool]] = {
     "softmax": (moe_kit.SOFTMAX, True),
     "pre_softmax": (moe_kit.PRE_SOFTMAX, False),
     "balanced": (moe_kit.BALANCED, False),
+    "grouped": ({**moe_kit.SOFTMAX, "moe_grouped_gemm": True}, True),
 }
 """Router -> its settings, and whether the MLPs and experts of its model are gated."""
 
@@ -364,7 +365,7 @@ def _step(router: str, tp: int, ep: int, etp: int, *, twice: bool) -> Outcome:
 def steps() -> dict[str, float]:
     """Gradients and moved biases after core's data parallelism with overlap, on every layout and in one process."""
     errors = {}
-    for router in ("sigmoid", "balanced"):
+    for router in ("sigmoid", "balanced", "grouped"):
         want = _step(router, 1, 1, 1, twice=True)
         for name, grad in want["grads"].items():
             if name != "biases":  # both ranks ran everything, and their gradients are summed

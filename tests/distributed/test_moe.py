@@ -12,7 +12,7 @@ TOLERANCE = 1e-11
 # Core scores experts in fp32. A sum over the scores of all experts, some of them zero, rounds otherwise than one over
 # the kept ones; it is part of a softmax before the top-k and of the balancing losses alone.
 SUM_OF_SCORES = 1e-6
-ROUTERS = ("sigmoid", "softmax", "pre_softmax", "balanced")
+ROUTERS = ("sigmoid", "softmax", "pre_softmax", "balanced", "grouped")
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +53,7 @@ def test_a_layout_is_one_process(errors: dict[str, dict[str, float]], router: st
 
 
 @pytest.mark.parametrize("layout", ["ep2", "tp2", "tp2_ep2"])
-@pytest.mark.parametrize("router", ["sigmoid", "balanced"])
+@pytest.mark.parametrize("router", ["sigmoid", "balanced", "grouped"])
 def test_a_step_with_overlap_is_that_of_one_process(
     errors: dict[str, dict[str, float]], router: str, layout: str
 ) -> None:
