@@ -237,7 +237,8 @@ class Dimension:
             view = rows[start : start + part.size].view(part.blocks, part.size // part.blocks)
             offset = 0
             for item in part.items:
-                entry_rows = view[:, offset : offset + item.size].reshape(-1, item.width)
+                # A copy: where neither axis is sorted the rows would be written onto themselves.
+                entry_rows = view[:, offset : offset + item.size].reshape(-1, item.width).clone()
                 if item.axis is not None and item.axis in orders:
                     entry_rows = entry_rows[orders[item.axis]]
                 if item.width_axis is not None and item.width_axis in orders:

@@ -1,4 +1,4 @@
-"""What every rank of a run would hold, without weights: models are built on the meta device, for a fake world of ranks."""
+"""What every rank of a run would hold, without weights: models built on the meta device for a fake world."""
 
 import contextlib
 import io
@@ -22,7 +22,6 @@ from megatron_elastic.config import Recipe
 from megatron_elastic.errors import RecipeError
 from megatron_elastic.model import ElasticHybridModel, ElasticModelBuilder, ElasticModelConfig
 from megatron_elastic.schedule import stage_argv
-
 
 _CONSTRUCTORS = {func.__name__ for func in _device_constructors()}
 """By name: where the CPU adaptation is installed torch's own functions are behind others."""

@@ -1,7 +1,6 @@
 """The loss of a model or of a budget inside its family, on the same tokens in the same order for every one of them."""
 
-from argparse import Namespace
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,21 +10,13 @@ from torch import Tensor
 
 from megatron_elastic.asked import asked_selection
 from megatron_elastic.budget import Selection
-from megatron_elastic.checkpoint import find_verified, read_common, read_family, read_metadata
+from megatron_elastic.checkpoint import find_verified, model_flags, read_family, read_metadata
 from megatron_elastic.errors import CheckpointError, CorpusError
 from megatron_elastic.metadata import Metadata
 from megatron_elastic.standalone import build_elastic_model, build_plain_model, load_weights, single_process
 
 DEFAULT_SEQUENCE_LENGTH = 256
 """Tokens of context where the caller gives none; the same for every model, so that losses can be compared."""
-
-_MODEL_ARGUMENTS = (
-    *("hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "group_query_attention"),
-    *("kv_channels", "mamba_num_heads", "mamba_head_dim", "mamba_num_groups", "mamba_state_dim"),
-    *("hybrid_layer_pattern", "vocab_size", "make_vocab_size_divisible_by", "tokenizer_type", "tokenizer_model"),
-    *("normalization", "position_embedding_type", "rotary_percent", "rotary_base", "squared_relu"),
-    "untie_embeddings_and_output_weights",
-)
 
 
 def windows(data: str | Path, sequence_length: int, tokens: int | None) -> Iterator[tuple[Tensor, Tensor]]:
@@ -62,27 +53,12 @@ def unigram_entropy(batches: Iterable[tuple[Tensor, Tensor]]) -> float:
     return float(-(shares * shares.log()).sum())
 
 
-def _stock_flags(path: Path) -> dict[str, Any]:
-    """Model flags of a checkpoint that Megatron itself wrote, from the arguments stored in it."""
-    stored = read_common(path).get("args")
-    if not isinstance(stored, Namespace | Mapping):
-        raise CheckpointError(f"{path}: neither a description nor Megatron's arguments inside: it cannot be built")
-    args = vars(stored) if isinstance(stored, Namespace) else dict(stored)
-    if not args.get("hybrid_layer_pattern"):
-        raise CheckpointError(f"{path}: not a hybrid model (its arguments have no hybrid_layer_pattern)")
-    flags = {name.replace("_", "-"): args.get(name) for name in _MODEL_ARGUMENTS}
-    flags["disable-bias-linear"] = not args.get("add_bias_linear", True)
-    # Already padded, for the layout it was trained on.
-    flags.update({"vocab-size": args["padded_vocab_size"], "make-vocab-size-divisible-by": 1})
-    return flags
-
-
 def _submodel(path: Path, metadata: Metadata | None, budget: str | None) -> tuple[Any, Selection | None, int]:
     """Builds and loads what is to be judged: the model, its selection inside a family, and its parameters."""
     if metadata is None or metadata.kind != "family":
         if budget is not None:
             raise CheckpointError(f"{path}: --budget {budget!r} is for a family; this is a model of its own")
-        flags = _stock_flags(path) if metadata is None else metadata.flags
+        flags = model_flags(path) if metadata is None else metadata.flags
         model = build_plain_model(flags, shape=None if metadata is None else metadata.shape)
         load_weights(model, path)
         return model, None, sum(parameter.numel() for parameter in model.parameters())

@@ -14,6 +14,7 @@ from megatron_elastic.axes import Dimension
 from megatron_elastic.budget import Selection
 from megatron_elastic.checkpoint import (
     LazyTensor,
+    carried_files,
     find_verified,
     read_entries,
     read_family,
@@ -44,8 +45,15 @@ def kept_entries(
     return entries if order is None else order[entries]
 
 
-def _cut_tensors(path: Path, layout: Layout, selection: Selection, orders: Orders | None) -> dict[str, LazyTensor]:
-    """Every stored tensor of the submodel, made when its turn comes; the layers that are left are numbered anew."""
+def cut_tensors(path: Path, layout: Layout, selection: Selection, orders: Orders | None) -> dict[str, LazyTensor]:
+    """Every stored tensor of the submodel, made when its turn comes; the layers that are left are numbered anew.
+
+    Args:
+        path: checkpoint of the parent.
+        layout: of the parent.
+        selection: what to keep; it fits the parent (`check_selection`).
+        orders: sorts the parent first.
+    """
     full, pattern = layout.shape.full, layout.shape.pattern
     numbers = {old: new for new, old in enumerate(n for n in range(len(pattern)) if n not in selection.skipped)}
 
@@ -69,7 +77,12 @@ def _cut_tensors(path: Path, layout: Layout, selection: Selection, orders: Order
     return found
 
 
-def _check_selection(layout: Layout, selection: Selection) -> None:
+def check_selection(layout: Layout, selection: Selection) -> None:
+    """Refuses a selection that the parent's blocks cannot give.
+
+    Raises:
+        CheckpointError: with every reason.
+    """
     faults = []
     pattern = layout.shape.pattern
     for axis, choice in selection.sizes.items():
@@ -85,6 +98,18 @@ def _check_selection(layout: Layout, selection: Selection) -> None:
         faults.append("skipped: no layer is left")
     if faults:
         raise CheckpointError(f"{selection.as_dict()} cannot be cut: {'; '.join(faults)}")
+
+
+def submodel_flags(submodel: ModelShape, flags: Mapping[str, Any]) -> dict[str, Any]:
+    """The flags of a submodel: nothing of the layout that the parent was trained on, so that all give the same bytes.
+
+    Args:
+        submodel: its shape.
+        flags: the parent's.
+    """
+    kept = {flag: value for flag, value in flags.items() if flag not in LAYOUT_FLAGS}
+    # The vocabulary is padded already: on another layout Megatron would pad it to another size.
+    return shape_flags(submodel, {**kept, "vocab-size": submodel.vocab, "make-vocab-size-divisible-by": 1})
 
 
 def cut(
@@ -126,27 +151,31 @@ def cut(
     """
     target, layout = Path(out), Layout(shape, ffn_blocks, expert_blocks)
     require_free(target)
-    _check_selection(layout, selection)
+    check_selection(layout, selection)
     path = find_verified(source, progress=progress)
-    tensors = _cut_tensors(path, layout, selection, orders)
+    tensors = cut_tensors(path, layout, selection, orders)
     count = sum(prod(each.shape) for name, each in tensors.items() if not name.endswith(BUFFERS))
     cost = cost_model.parameters(shape, selection.sizes, selection.gates(len(shape.pattern)))
     if count != cost:
         raise CheckpointError(f"{target}: {count} parameters, the cost model says {cost}: report this as a defect")
     submodel = selection.submodel(layout.shape)
-    # The vocabulary is padded already: on another layout Megatron would pad it to another size.
-    vocabulary = {"vocab-size": shape.vocab, "make-vocab-size-divisible-by": 1}
     description = Metadata(
         kind="extracted",
         shape=submodel,
         ffn_blocks=ffn_blocks,
         expert_blocks=expert_blocks,
-        # Nothing of the layout it was trained on: every layout gives the same bytes.
-        flags=shape_flags(submodel, {**{k: v for k, v in flags.items() if k not in LAYOUT_FLAGS}, **vocabulary}),
+        flags=submodel_flags(submodel, flags),
         iteration=iteration,
         budget=budget,
     )
-    write_checkpoint(target, tensors, common=common_state(path, submodel), metadata=description, progress=progress)
+    write_checkpoint(
+        target,
+        tensors,
+        common=common_state(path, submodel),
+        metadata=description,
+        files=carried_files(path),
+        progress=progress,
+    )
     return count
 
 

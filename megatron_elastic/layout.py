@@ -129,7 +129,10 @@ class ModelShape:
             ("M", "mamba_heads", "mamba_groups"),
             ("*", "attention_heads", "query_groups"),
         ):
-            if kind in kinds and getattr(self, heads) % getattr(self, groups):
+            size = getattr(self, heads)
+            if kind in kinds and any(
+                each % getattr(self, groups) for each in (size if isinstance(size, tuple) else [size])
+            ):
                 found.append(f"{heads} {getattr(self, heads)} must be a multiple of {groups} {getattr(self, groups)}")
         if "E" in kinds and not 0 < self.top_k <= smallest(self.experts):
             found.append(f"top_k {self.top_k} must lie in 1..{self.experts}, the experts there are")

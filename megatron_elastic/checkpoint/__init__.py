@@ -3,7 +3,9 @@
 A parameter goes by its stock name (`decoder.layers.3.mixer.in_proj.weight`) even where Megatron stores it in parts.
 """
 
-from megatron_elastic.checkpoint.folders import require_free
+from megatron_elastic.checkpoint.arguments import model_arguments, model_flags
+from megatron_elastic.checkpoint.carried import CARRIED, carried_files, carry, copy_files
+from megatron_elastic.checkpoint.folders import require_free, whole_or_nothing
 from megatron_elastic.checkpoint.integrity import add_manifest, find_verified, has_manifest, verify
 from megatron_elastic.checkpoint.names import FUSED_NORMS, STORED_IN_PARTS, TRACKER, TensorInfo, expert_of, stored_names
 from megatron_elastic.checkpoint.reading import (
@@ -23,15 +25,27 @@ from megatron_elastic.checkpoint.reading import (
     tensor_names,
 )
 from megatron_elastic.checkpoint.tracker import recover, tracked
-from megatron_elastic.checkpoint.writing import LazyTensor, save_faults_are_told, write_checkpoint
+from megatron_elastic.checkpoint.writing import (
+    LazyTensor,
+    digest,
+    save_faults_are_told,
+    told,
+    write_checkpoint,
+    write_faults_are_told,
+)
 
 __all__ = [
+    "CARRIED",
     "FUSED_NORMS",
     "STORED_IN_PARTS",
     "TRACKER",
     "LazyTensor",
     "TensorInfo",
     "add_manifest",
+    "carried_files",
+    "carry",
+    "copy_files",
+    "digest",
     "expert_of",
     "find_checkpoint",
     "find_verified",
@@ -39,6 +53,8 @@ __all__ = [
     "has_manifest",
     "has_router",
     "iteration_folder",
+    "model_arguments",
+    "model_flags",
     "model_tensor_names",
     "parameters",
     "read_common",
@@ -53,7 +69,10 @@ __all__ = [
     "stored_names",
     "stored_parameters",
     "tensor_names",
+    "told",
     "tracked",
     "verify",
+    "whole_or_nothing",
     "write_checkpoint",
+    "write_faults_are_told",
 ]

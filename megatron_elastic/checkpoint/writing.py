@@ -19,6 +19,7 @@ from torch.distributed.checkpoint import metadata as index_format
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import CURRENT_DCP_VERSION, _StorageInfo
 
+from megatron_elastic.checkpoint.carried import CARRIED, copy_files
 from megatron_elastic.checkpoint.folders import whole_or_nothing
 from megatron_elastic.checkpoint.integrity import write_manifest
 from megatron_elastic.checkpoint.names import (
@@ -177,7 +178,12 @@ def save_faults_are_told(save: str | Path) -> Iterator[None]:
 
 
 @contextmanager
-def _write_faults_are_told(target: Path) -> Iterator[None]:
+def write_faults_are_told(target: Path) -> Iterator[None]:
+    """Turns what goes wrong while a folder is written into one message.
+
+    Raises:
+        CheckpointError: with the cause.
+    """
     try:
         yield
     except (OSError, RuntimeError) as error:
@@ -193,12 +199,13 @@ def _verify(path: Path, tensors: Mapping[str, LazyTensor], contents: Mapping[str
     if found != wanted:
         different = sorted(name for name in {*found, *wanted} if found.get(name) != wanted.get(name))
         raise CheckpointError(f"{path}: {different[:3]} differ after writing: check the disk, and write it again")
-    for name in _told(tensors, f"verifying {path.parent.name}", progress):
+    for name in told(tensors, f"verifying {path.parent.name}", progress):
         if digest(read_tensor(path, name)) != contents[name]:
             raise CheckpointError(f"{path}: {name} is not what was written: check the disk, and write it again")
 
 
-def _told[T](items: Iterable[T], label: str, progress: bool) -> Iterable[T]:
+def told[T](items: Iterable[T], label: str, progress: bool) -> Iterable[T]:
+    """The items, with a bar under a label where `progress` asks for one."""
     if not progress:
         return items
     from tqdm import tqdm
@@ -214,6 +221,7 @@ def write_checkpoint(
     common: Mapping[str, Any],
     metadata: Metadata | None = None,
     iteration: int | None = None,
+    files: Mapping[str, Path] | None = None,
     progress: bool = False,
 ) -> Path:
     """Writes a checkpoint that Megatron's `--load` and `dist_checkpointing.load` read, and reads it back to compare.
@@ -228,6 +236,7 @@ def write_checkpoint(
             optimizer, is left out.
         metadata: what the checkpoint says about itself.
         iteration: number of the iteration; None writes a release, which Megatron starts from iteration 0.
+        files: what is carried beside the tensors, relative name -> source (`carried_files`).
         progress: whether to show bars.
 
     Returns:
@@ -247,11 +256,11 @@ def write_checkpoint(
     stocks = {stock_name(name): tensor.shape for name, tensor in tensors.items()}
     kept = {key: value for key, value in common.items() if key not in STATE_OF_A_RUN}
     state = {"checkpoint_version": CHECKPOINT_VERSION, "iteration": iteration or 0, **kept}
-    with _write_faults_are_told(target), whole_or_nothing(target) as partial:
+    with write_faults_are_told(target), whole_or_nothing(target) as partial:
         path = iteration_folder(partial, iteration)
         path.mkdir()
         writer = _Writer(path)
-        for name, tensor in _told(written.items(), f"writing {target.name}", progress):
+        for name, tensor in told(written.items(), f"writing {target.name}", progress):
             writer.tensor(name, tensor)
         for stock, shape in stocks.items():
             for key in extra_states(stock, shape):
@@ -260,4 +269,5 @@ def write_checkpoint(
         writer.finish()
         (partial / TRACKER).write_text("release" if iteration is None else str(iteration))
         _verify(path, written, writer.contents, progress)
+        copy_files(files or {}, partial / CARRIED)
     return iteration_folder(target, iteration)

@@ -6,18 +6,22 @@ import sys
 import warnings
 from collections.abc import Sequence
 from importlib import import_module
+from keyword import iskeyword
 
 from megatron_elastic import __version__
 from megatron_elastic.errors import ElasticError, RecipeError
 
-COMMANDS = ("corpus", "pretrain", "rank", "sort", "train", "extract", "evaluate", "report", "quickstart")
+COMMANDS = (
+    *("plan", "corpus", "pretrain", "import", "rank", "sort", "train", "extract", "evaluate", "export"),
+    *("report", "quickstart"),
+)
 """Subcommands, in the order in which they are used."""
 
-WORKERS = ("_pretrain", "_scratch", "_stage", "_evaluate_all", "_node")
+WORKERS = ("_pretrain", "_scratch", "_stage", "_rank", "_evaluate_all", "_node")
 """What the subcommands start in processes of their own; not shown."""
 
 DESCRIPTION = """\
-One hybrid parent model (Mamba-2, attention, MLP) becomes a family of nested submodels that share
+One hybrid parent model (Mamba-2, attention, MLP, MoE) becomes a family of nested submodels that share
 its weights: trained together in one run with Megatron-Core, and cut out without any further
 training."""
 
@@ -38,7 +42,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for name in COMMANDS:
-        module = import_module(f"megatron_elastic.cli.{name}")
+        module = import_module(f"megatron_elastic.cli.{name}{'_' if iskeyword(name) else ''}")
         command = commands.add_parser(name, help=module.HELP)
         module.add_arguments(command)
         command.set_defaults(run=module.run)

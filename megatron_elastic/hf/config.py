@@ -8,6 +8,7 @@ from typing import Any
 
 from megatron_elastic.axes import LAYER_KINDS, PER_LAYER_AXES
 from megatron_elastic.errors import HFError
+from megatron_elastic.flags import shape_flags
 from megatron_elastic.layout import ModelShape, Size
 
 CONFIG = "config.json"
@@ -259,36 +260,10 @@ class _Reader:
             )
 
     def _flags(self, shape: ModelShape) -> dict[str, Any]:
-        kinds = set(shape.pattern)
-        flags: dict[str, Any] = {"hybrid-layer-pattern": shape.pattern, "hidden-size": shape.hidden}
-        # Megatron's parser asks for attention heads whether or not there is attention.
-        heads = shape.attention_heads if "*" in kinds else self.field("num_attention_heads") or 1
-        flags["num-attention-heads"] = _largest(heads)
-        if "*" in kinds:
-            flags.update({"group-query-attention": True, "num-query-groups": shape.query_groups})
-            flags["kv-channels"] = shape.head_dim
-        if "M" in kinds:
-            flags.update({"mamba-num-heads": _largest(shape.mamba_heads), "mamba-head-dim": shape.mamba_head_dim})
-            flags.update({"mamba-num-groups": shape.mamba_groups, "mamba-state-dim": shape.mamba_state})
-        if "-" in kinds:
-            flags["ffn-hidden-size"] = _largest(shape.ffn)
-        if "E" in kinds:
-            flags.update(
-                {
-                    "num-experts": _largest(shape.experts),
-                    "moe-ffn-hidden-size": _largest(shape.expert_ffn),
-                    "moe-shared-expert-intermediate-size": shape.shared_expert_ffn,
-                    "moe-router-topk": shape.top_k,
-                    "moe-router-score-function": "sigmoid",
-                    "moe-router-enable-expert-bias": True,
-                    "moe-router-dtype": "fp32",
-                }
-            )
-            scale = self.field("routed_scaling_factor")
-            if scale != 1:
-                flags["moe-router-topk-scaling-factor"] = float(scale)
-        return {
-            **flags,
+        flags = {
+            # Megatron's parser asks for attention heads whether or not there is attention.
+            "num-attention-heads": self.field("num_attention_heads") or 1,
+            "hidden-size": shape.hidden,
             # Megatron pads a vocabulary: this one is as it is.
             "vocab-size": shape.vocab,
             "make-vocab-size-divisible-by": 1,
@@ -301,6 +276,13 @@ class _Reader:
             "hidden-dropout": 0.0,
             "attention-dropout": 0.0,
         }
+        if "E" in shape.pattern:
+            flags["moe-router-score-function"] = "sigmoid"
+            flags["moe-router-enable-expert-bias"] = True
+            flags["moe-router-dtype"] = "fp32"
+            if self.field("routed_scaling_factor") != 1:
+                flags["moe-router-topk-scaling-factor"] = float(self.field("routed_scaling_factor"))
+        return shape_flags(shape, flags)
 
 
 def _largest(size: Size) -> int:

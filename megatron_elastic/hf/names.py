@@ -7,6 +7,7 @@ them, and so the one is the other's inverse.
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -120,17 +121,21 @@ class Parameter:
         return self.pieces[number].of(wanted, self.groups).reshape(-1).nonzero().flatten()
 
 
-def layer_layout(shape: ModelShape, number: int) -> dict[str, tuple[Dimension, ...]]:
+def _layer_layout(shape: ModelShape, number: int, blocks: tuple[int, int]) -> dict[str, tuple[Dimension, ...]]:
     """Dimensions of one layer's parameters, also where layers differ; names without the layer's prefix."""
     kind = shape.pattern[number]
-    own = {axis: size for axis, size in shape.layer(number).items() if axis != "hidden"}
-    return Layout(replace(shape, pattern=kind, **own), 1).of_kind(kind)
+    own: dict[str, Any] = {axis: size for axis, size in shape.layer(number).items() if axis != "hidden"}
+    return Layout(replace(shape, pattern=kind, **own), *blocks).of_kind(kind)
 
 
 def _pieces(stock: str, shape: tuple[int, ...], prefix: str, groups: int, head_dim: int) -> tuple[Piece, ...]:
     if stock == _QKV:
         queries = shape[0] // groups - 2 * head_dim
-        ends = {"q": (0, queries), "k": (queries, queries + head_dim), "v": (queries + head_dim, queries + 2 * head_dim)}
+        ends = {
+            "q": (0, queries),
+            "k": (queries, queries + head_dim),
+            "v": (queries + head_dim, queries + 2 * head_dim),
+        }
         return tuple(
             Piece(f"{prefix}mixer.{letter}_proj.weight", (groups * (stop - start), *shape[1:]), rows=(start, stop))
             for letter, (start, stop) in ends.items()
@@ -140,12 +145,15 @@ def _pieces(stock: str, shape: tuple[int, ...], prefix: str, groups: int, head_d
     return (Piece(prefix + _WHOLE[stock], shape),)
 
 
-def parameters(shape: ModelShape, first: str = RELEASED) -> Iterator[Parameter]:
+def parameters(
+    shape: ModelShape, first: str = RELEASED, *, ffn_blocks: int = 1, expert_blocks: int = 1
+) -> Iterator[Parameter]:
     """Every parameter of a model, in the order of its layers.
 
     Args:
         shape: of the model; its layers may differ.
         first: first word of the Hugging Face names.
+        ffn_blocks, expert_blocks: of a model in block order (`ModelShape.orders`).
     """
     outside = {
         stock: Parameter(stock, dimensions, (Piece(_OUTSIDE[stock].format(first), tuple(d.size for d in dimensions)),))
@@ -154,7 +162,7 @@ def parameters(shape: ModelShape, first: str = RELEASED) -> Iterator[Parameter]:
     yield outside.pop("embedding.word_embeddings.weight")
     for number in range(len(shape.pattern)):
         prefix = f"{first}.layers.{number}."
-        for stock, dimensions in layer_layout(shape, number).items():
+        for stock, dimensions in _layer_layout(shape, number, (ffn_blocks, expert_blocks)).items():
             size = tuple(dimension.size for dimension in dimensions)
             groups = shape.query_groups if stock == _QKV else 1
             merged = prefix + _EXPERTS[stock].replace("{}.", "").removesuffix(".weight") if stock in _EXPERTS else ""

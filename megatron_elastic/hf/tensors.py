@@ -4,10 +4,9 @@ A file is the length of its header (8 bytes), the header (JSON: name -> dtype, s
 read and written here and not by the `safetensors` package, which writes a file from all of its tensors at once.
 """
 
-import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_elastic.checkpoint import LazyTensor
+from megatron_elastic.checkpoint import LazyTensor, digest, told
 from megatron_elastic.errors import HFError
 from megatron_elastic.hf.config import load_json
 
@@ -134,11 +133,6 @@ def read_folder(folder: Path) -> dict[str, Entry]:
     return found
 
 
-def digest(tensor: Tensor) -> str:
-    """SHA-256 of a contiguous tensor's bytes."""
-    return hashlib.sha256(tensor.view(-1).view(torch.uint8).numpy()).hexdigest()
-
-
 def _shards(tensors: Mapping[str, LazyTensor], limit: int) -> list[dict[str, LazyTensor]]:
     """Tensors in their order, as many a shard as its size allows; a larger one is alone in its shard."""
     shards: list[dict[str, LazyTensor]] = [{}]
@@ -173,7 +167,8 @@ def write_folder(
     folder: Path,
     tensors: Mapping[str, LazyTensor],
     shard_bytes: int,
-    told: Callable[[Iterable[Any], str], Iterable[Any]],
+    *,
+    progress: bool = False,
 ) -> int:
     """Writes the tensors of a model, one in memory at a time, and reads them back to compare.
 
@@ -181,7 +176,7 @@ def write_folder(
         folder: an existing one.
         tensors: by name; each is asked for once, in this order.
         shard_bytes: the most bytes of numbers that a file has, where it is more than one tensor.
-        told: shows a bar over items, with a label.
+        progress: whether to show bars.
 
     Returns:
         Bytes of all numbers.
@@ -193,7 +188,7 @@ def write_folder(
     names = [SINGLE] if len(shards) == 1 else [_name(number, len(shards)) for number in range(1, len(shards) + 1)]
     digests: dict[str, str] = {}
     order = [(name, shard) for name, shard in zip(names, shards, strict=True)]
-    bar = iter(told([key for _, shard in order for key in shard], f"writing {folder.name}"))
+    bar = iter(told(tensors, f"writing {folder.name}", progress))
     for name, shard in order:
         with (folder / name).open("wb") as file:
             file.write(_header(shard))
@@ -212,7 +207,7 @@ def write_folder(
     if len(shards) > 1:
         places = {key: name for name, shard in order for key in shard}
         (folder / INDEX).write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": places}, indent=2))
-    _verify(folder, digests, told)
+    _verify(folder, digests, progress)
     return total
 
 
@@ -220,12 +215,10 @@ def _name(number: int, count: int) -> str:
     return f"model-{number:05d}-of-{count:05d}.safetensors"
 
 
-def _verify(
-    folder: Path, digests: Mapping[str, str], told: Callable[[Iterable[Any], str], Iterable[Any]]
-) -> None:
+def _verify(folder: Path, digests: Mapping[str, str], progress: bool) -> None:
     found = read_folder(folder)
     if set(found) != set(digests):
         raise HFError(["other tensors than were written: check the disk, and write it again"], str(folder))
-    for name in told(digests, f"verifying {folder.name}"):
+    for name in told(digests, f"verifying {folder.name}", progress):
         if digest(found[name].read()) != digests[name]:
             raise HFError([f"{name} is not what was written: check the disk, and write it again"], str(folder))

@@ -33,6 +33,7 @@ def main() -> None:
         for name, layout in layouts.LAYOUTS.items()
         if layout.ranks == int(os.environ["WORLD_SIZE"]) and arguments.only in name
     }
+
     def kind(layout: layouts.Layout, mode: str) -> tuple[Any, ...]:
         return mode, layout.micro, torch.float32 if layout.distributed_optimizer else torch.float64
 

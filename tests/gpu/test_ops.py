@@ -104,8 +104,7 @@ def test_attention(device: torch.device) -> None:
 def test_kd_loss(device: torch.device) -> None:
     """The KD loss fused with the LM head, in chunks. Has not run on a GPU yet."""
     hidden, head, teacher, teacher_head = (
-        normal(*s, device=device, seed=i) * 0.3
-        for i, s in enumerate([(32, 2, 32), (257, 32), (32, 2, 48), (257, 48)])
+        normal(*s, device=device, seed=i) * 0.3 for i, s in enumerate([(32, 2, 32), (257, 32), (32, 2, 48), (257, 48)])
     )
     fixed = [t.bfloat16() for t in (teacher, teacher_head)]  # exact in all three types
     mask = (torch.arange(64, device=device).view(32, 2) % 5 > 0).float()

@@ -23,18 +23,22 @@ LEVELS = {
     "latency": 1,
     "cost_model": 2,
     "family": 2,
-    "metadata": 2,
     "masks": 3,
-    "router": 3,
+    "decision": 3,
     "planning": 3,
+    "router": 3,
+    "metadata": 3,
+    "recipe_family": 3,
     "config": 3,
     "ops": 4,
+    "recipe_checks": 4,
     "checkpoint": 4,
     "layers": 5,
     "specs": 5,
     "model": 5,
     "batch": 6,
     "distillation": 6,
+    "parents": 6,
     "schedule": 6,
     "forward_step": 7,
     "loss_checks": 7,
@@ -44,6 +48,8 @@ LEVELS = {
 }
 # Beside the trunk: the highest trunk level that each may import; nothing in the trunk imports them.
 BESIDE = {
+    "asked": 4,
+    "dry_run": 7,
     "corpus": 4,
     "documents": 4,
     "extraction": 4,
@@ -68,7 +74,7 @@ TORCH_ONLY = {name for name, level in LEVELS.items() if level <= 4} | {
     "sorting",
 }
 TORCH_ONLY_PACKAGES = {"torch", "numpy", "yaml"} | set(sys.stdlib_module_names)
-TRAINING_IMPORTERS = {"training", "forward_step", "loss_checks", "metrics", "evaluation", "importance", "standalone"}
+TRAINING_IMPORTERS = {"training", "dry_run", "forward_step", "loss_checks", "metrics", "evaluation", "importance", "standalone"}
 TRAINING_IMPORTERS |= ENGINE
 # The model's configuration and builder are registered under megatron.training.models: that part is open to the model.
 MODELS_IMPORTERS = {"model"}

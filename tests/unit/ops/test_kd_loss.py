@@ -163,7 +163,9 @@ def test_cross_entropy_equals_unfused(chunk):
     assert loss.shape == ()
     torch.testing.assert_close(loss, expected, **EXACT)
     for made, wanted in zip(
-        torch.autograd.grad(3.0 * loss, (hidden, weight)), torch.autograd.grad(3.0 * expected, (hidden, weight)), strict=True
+        torch.autograd.grad(3.0 * loss, (hidden, weight)),
+        torch.autograd.grad(3.0 * expected, (hidden, weight)),
+        strict=True,
     ):
         torch.testing.assert_close(made, wanted, **EXACT)
         assert not torch.allclose(made, 1.01 * wanted)
