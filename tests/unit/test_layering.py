@@ -74,7 +74,8 @@ TORCH_ONLY = {name for name, level in LEVELS.items() if level <= 4} | {
     "sorting",
 }
 TORCH_ONLY_PACKAGES = {"torch", "numpy", "yaml"} | set(sys.stdlib_module_names)
-TRAINING_IMPORTERS = {"training", "dry_run", "forward_step", "loss_checks", "metrics", "evaluation", "importance", "standalone"}
+TRAINING_IMPORTERS = {"training", "dry_run"}
+TRAINING_IMPORTERS |= {"forward_step", "loss_checks", "metrics", "evaluation", "importance", "standalone"}
 TRAINING_IMPORTERS |= ENGINE
 # The model's configuration and builder are registered under megatron.training.models: that part is open to the model.
 MODELS_IMPORTERS = {"model"}
