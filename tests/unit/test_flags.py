@@ -68,6 +68,7 @@ REFUSED_AND_ALLOWED: dict[str, tuple[Any, Any]] = {
     "moe-shared-expert-glu-interleave-size": (32, None),
     "moe-apply-probs-on-input": (True, None),
     "moe-router-load-balancing-type": (["aux_loss", "global_aux_loss"], ["aux_loss", "seq_aux_loss"]),
+    "recompute-modules": (["moe_act"], ["moe", "layernorm"]),
     "moe-router-num-groups": (4, None),
     "moe-router-group-topk": (2, None),
     "moe-expert-capacity-factor": (1.25, None),
