@@ -1,5 +1,7 @@
 """MoE layers: masked == sliced == extracted, every layout as one process, in fp64, and the faults that must show."""
 
+import contextlib
+import os
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping
@@ -12,6 +14,11 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.validation import StrictHandling
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
 from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 from torch import Tensor
 
@@ -20,6 +27,7 @@ from megatron_elastic.budget import Selection
 from megatron_elastic.cost_model import parameters
 from megatron_elastic.extraction import cut
 from megatron_elastic.family import Family
+from megatron_elastic.flags import model_shape, shape_flags
 from megatron_elastic.layers import moe, moe_router
 from megatron_elastic.layers.moe_role import MoeRole
 from megatron_elastic.layout import Layout
@@ -31,6 +39,7 @@ ROUTERS: dict[str, tuple[dict[str, Any], bool]] = {
     "softmax": (moe_kit.SOFTMAX, True),
     "pre_softmax": (moe_kit.PRE_SOFTMAX, False),
     "balanced": (moe_kit.BALANCED, False),
+    "grouped": ({**moe_kit.SOFTMAX, "moe_grouped_gemm": True}, True),
 }
 """Router -> its settings, and whether the MLPs and experts of its model are gated."""
 
@@ -316,6 +325,60 @@ def faults() -> dict[str, float]:
     return errors
 
 
+def _step(router: str, tp: int, ep: int, etp: int, *, twice: bool) -> Outcome:
+    """Two microbatches of every data-parallel rank, a slice after the full model, through core's data parallelism.
+
+    The last microbatch, in which gradients are reduced while others are made, leaves experts out.
+
+    Args:
+        router: of the model.
+        tp, ep, etp: sizes of the layout.
+        twice: each rank runs the batches of two.
+    """
+    settings, family = ROUTERS[router][0], family_of(router)
+    moe_kit.layout_of_ranks(tp, ep, etp)
+    model = moe_kit.elastic_model(family, **settings).train()
+    moe_kit.set_weights(model, family.layout, moe_kit.full_weights(family.layout))
+    wrapped = DistributedDataParallel(
+        model.config, DistributedDataParallelConfig(grad_reduce_in_fp32=False, overlap_grad_reduce=True), model
+    )
+    wrapped.zero_grad_buffer()
+    ranks = (0, 1) if twice else (parallel_state.get_data_parallel_rank(),)
+    mixture = chosen(family)["mixture"]
+    runs = [(rank, family.full) for rank in ranks] + [(rank, mixture) for rank in ranks]
+    for number, (rank, selection) in enumerate(runs):
+        batch = batch_of(rank)
+        role = MoeRole(count_tokens=selection == family.full, loss_weight=1.0)
+        with contextlib.nullcontext() if number == len(runs) - 1 else wrapped.no_sync():
+            local = wrapped(batch["tokens"], batch["position_ids"], None, selection=selection, moe=role)
+            logits = gather_from_tensor_model_parallel_region(local)
+            labels = batch["labels"].flatten()
+            torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels, reduction="sum").backward()
+    finalize_model_grads([wrapped])
+    biases = [m.expert_bias for m in model.modules() if getattr(m, "expert_bias", None) is not None]
+    grads = moe_kit.reduced_gradients(model, family.layout)
+    if biases:
+        grads["biases"] = torch.stack(biases).double()
+    return {"grads": grads, "loss": torch.ones(1), "logits": torch.ones(1)}
+
+
+def steps() -> dict[str, float]:
+    """Gradients and moved biases after core's data parallelism with overlap, on every layout and in one process."""
+    errors = {}
+    for router in ("sigmoid", "balanced", "grouped"):
+        want = _step(router, 1, 1, 1, twice=True)
+        for name, grad in want["grads"].items():
+            if name != "biases":  # both ranks ran everything, and their gradients are summed
+                want["grads"][name] = grad / 2
+        for layout, sizes in LAYOUTS.items():
+            errors[f"{router}/{layout}"] = error(_step(router, *sizes, twice=sizes[0] == 2), want)
+        if "biases" in want["grads"]:
+            weights = moe_kit.full_weights(family_of(router).layout)
+            before = torch.stack([each for name, each in weights.items() if name.endswith("expert_bias")])
+            errors[f"{router}/moved"] = float((want["grads"]["biases"] - before).abs().min())
+    return errors
+
+
 def _load(folder: Path, model: Any) -> None:
     """Core's own loading: all that the model asks for is there, and nothing else but the description."""
     state, strict = {"model": model.sharded_state_dict()}, StrictHandling.RETURN_ALL
@@ -330,6 +393,12 @@ def _wrong(model: Any, layout: Layout, weights: Mapping[str, Tensor]) -> float:
     got = {name: state.detach().clone() for name, state in moe_kit.states(model).items()}
     moe_kit.set_weights(model, layout, weights)
     return float(sum(not torch.equal(got[name], state) for name, state in moe_kit.states(model).items()))
+
+
+def _forget_attention_backend() -> None:
+    """Core keeps the choice of the models before in the environment."""
+    for name in ("NVTE_FLASH_ATTN", "NVTE_FUSED_ATTN", "NVTE_UNFUSED_ATTN"):
+        os.environ.pop(name, None)
 
 
 def checkpoints() -> dict[str, float]:
@@ -370,12 +439,23 @@ def checkpoints() -> dict[str, float]:
         _load(small, cut_out)
         errors[f"{name}/extracted"] = _wrong(cut_out, small_layout, small_weights)
     moe_kit.layout_of_ranks()
+    _forget_attention_backend()
+    assert model_shape(moe_kit.FLAGS, []) == family.shape
     for folder, model, own, values in (
-        (saved, moe_kit.elastic_model(family, **settings), layout, weights),
-        (small, moe_kit.stock_model(shape, **settings), small_layout, small_weights),
+        (saved, standalone.build_elastic_model(moe_kit.FLAGS, family, torch.float64), layout, weights),
+        (
+            small,
+            standalone.build_plain_model(shape_flags(shape, moe_kit.FLAGS), torch.float64),
+            small_layout,
+            small_weights,
+        ),
     ):
         standalone.load_weights(model, folder)
         errors[f"{folder.parent.name}/standalone"] = _wrong(model, own, values)
+    _forget_attention_backend()
+    alike = moe_kit.stock_model(shape, **settings)
+    moe_kit.set_weights(alike, small_layout, small_weights)
+    errors["flags"] = error(outcome(model, small_layout), outcome(alike, small_layout))
     # The negative: another parent's weights are not these.
     errors["differs"] = _wrong(model, small_layout, moe_kit.cut(kit.full_weights(layout, 0.1), layout, selection))
     dist.barrier()
@@ -388,7 +468,7 @@ def run_all() -> dict[str, dict[str, float]]:
     """Case -> errors; the worst over ranks."""
     results = {f"equalities/{router}": equalities(router) for router in ROUTERS}
     results.update({f"layouts/{router}": layouts(router) for router in ("sigmoid", "softmax", "balanced")})
-    for case in (recomputed, counting, weighted, slope, faults, checkpoints):
+    for case in (recomputed, counting, weighted, slope, faults, steps, checkpoints):
         results[case.__name__] = case()
     everyone: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, results)

@@ -54,6 +54,18 @@ BALANCED: dict[str, Any] = {
     "moe_z_loss_coeff": 0.05,
 }
 
+FLAGS: dict[str, Any] = {
+    "hybrid-layer-pattern": "ME*E-", "vocab-size": 64, "make-vocab-size-divisible-by": 1, "hidden-size": 32,
+    "ffn-hidden-size": 64, "num-attention-heads": 8, "group-query-attention": True, "num-query-groups": 2,
+    "kv-channels": 4, "mamba-num-heads": 8, "mamba-head-dim": 4, "mamba-num-groups": 2, "mamba-state-dim": 6,
+    "num-experts": 8, "moe-ffn-hidden-size": 24, "moe-shared-expert-intermediate-size": 32, "moe-router-topk": 2,
+    "moe-router-score-function": "sigmoid", "moe-router-enable-expert-bias": True, "swiglu": True,
+    "moe-router-topk-scaling-factor": 2.5, "moe-token-dispatcher-type": "alltoall", "normalization": "RMSNorm",
+    "position-embedding-type": "none", "untie-embeddings-and-output-weights": True, "disable-bias-linear": True,
+    "hidden-dropout": 0.0, "attention-dropout": 0.0, "calculate-per-token-loss": True,
+}  # fmt: skip
+"""A recipe's flags of the gated parent with a sigmoid router."""
+
 
 def shape(*, gated: bool = False, expert_bias: bool = False) -> ModelShape:
     """The parent: two MoE layers with a shared expert among the others."""
@@ -199,6 +211,18 @@ def gradients(model: torch.nn.Module, layout: Layout) -> dict[str, Tensor]:
             dist.all_reduce(stacked, group=parallel_state.get_expert_data_parallel_group())
             found[stock] = _whole(stacked, dimensions[stock])
     return found
+
+
+def reduced_gradients(model: torch.nn.Module, layout: Layout) -> dict[str, Tensor]:
+    """`main_grad` of every weight, whole, after data parallelism and core's finalize have reduced it."""
+    dimensions, found, experts = layout.parameters(), {}, {}
+    for name, parameter in model.named_parameters():
+        stock, expert = expert_of(name)
+        if expert is None:
+            found[stock] = _whole(parameter.main_grad.clone(), dimensions[stock])
+        else:
+            experts.setdefault(stock, []).append(parameter.main_grad.clone())
+    return {**found, **{stock: _whole(torch.stack(each), dimensions[stock]) for stock, each in experts.items()}}
 
 
 def kept_entries(dimensions: tuple[Dimension, ...], of: ModelShape, selection: Selection) -> list[Tensor]:

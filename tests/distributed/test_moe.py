@@ -12,7 +12,7 @@ TOLERANCE = 1e-11
 # Core scores experts in fp32. A sum over the scores of all experts, some of them zero, rounds otherwise than one over
 # the kept ones; it is part of a softmax before the top-k and of the balancing losses alone.
 SUM_OF_SCORES = 1e-6
-ROUTERS = ("sigmoid", "softmax", "pre_softmax", "balanced")
+ROUTERS = ("sigmoid", "softmax", "pre_softmax", "balanced", "grouped")
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +52,18 @@ def test_a_layout_is_one_process(errors: dict[str, dict[str, float]], router: st
     assert errors[f"layouts/{router}"]["differs"] > 1e-2
 
 
+@pytest.mark.parametrize("layout", ["ep2", "tp2", "tp2_ep2"])
+@pytest.mark.parametrize("router", ["sigmoid", "balanced", "grouped"])
+def test_a_step_with_overlap_is_that_of_one_process(
+    errors: dict[str, dict[str, float]], router: str, layout: str
+) -> None:
+    assert errors["steps"][f"{router}/{layout}"] < TOLERANCE
+
+
+def test_a_step_moves_every_bias(errors: dict[str, dict[str, float]]) -> None:
+    assert errors["steps"]["sigmoid/moved"] == pytest.approx(1e-3, rel=1e-3)  # core's rate, in fp32
+
+
 @pytest.mark.parametrize("kind", ["full", "selective", "shared"])
 def test_recompute_changes_nothing(errors: dict[str, dict[str, float]], kind: str) -> None:
     assert errors["recomputed"][f"{kind}/sliced"] < TOLERANCE
@@ -84,5 +96,6 @@ def test_a_fault_in_one_path_shows(errors: dict[str, dict[str, float]], fault: s
 def test_checkpoints_travel_between_layouts_and_through_extraction(errors: dict[str, dict[str, float]]) -> None:
     wrong = dict(errors["checkpoints"])
     assert wrong.pop("differs") > 10
+    assert wrong.pop("flags") < TOLERANCE  # the model that a recipe's flags build computes what the settings say
     assert len(wrong) == 11
     assert set(wrong.values()) == {0}, wrong
