@@ -4,8 +4,6 @@ One formula, ints or tensors in: ints give the exact count, expected sizes the d
 same number where every choice is certain.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple

@@ -44,6 +44,11 @@ def _without(package: str, needed_by: str) -> Callable[[Any], bool]:
     return lambda value: value == needed_by and importlib.util.find_spec(package) is None
 
 
+def _balanced_over_steps(value: Any) -> bool:
+    kinds = value if isinstance(value, list) else [value]
+    return any(kind not in (None, "none", "aux_loss", "seq_aux_loss") for kind in kinds)
+
+
 _OWNED = "set by the elastic section (stages, data, save): remove it here"
 _SELECTION = "a captured graph replays one selection; every microbatch of a step has another one"
 _NO_LAYER = "no elastic layer carries it"
@@ -101,12 +106,12 @@ REFUSALS: tuple[Refusal, ...] = (
     ),
     # Parents that no elastic layer carries.
     Refusal("mtp-num-layers", _given, f"multi-token prediction: {_NO_LAYER}"),
-    Refusal("num-experts", _given, f"MoE layers: {_NO_LAYER} yet"),
     Refusal("untie-embeddings-and-output-weights", _missing, f"tied embeddings: {_NO_LAYER}; untie them"),
     Refusal("disable-bias-linear", _missing, f"biases of linears: {_NO_LAYER}; disable them"),
     Refusal("add-qkv-bias", _given, f"a QKV bias: {_NO_LAYER}"),
-    Refusal("swiglu", _given, f"a gated MLP: {_NO_LAYER} yet; squared ReLU is carried"),
-    Refusal("quick-geglu", _given, f"a gated MLP: {_NO_LAYER} yet; squared ReLU is carried"),
+    Refusal("quick-geglu", _given, f"another gate: {_NO_LAYER}; swiglu is carried"),
+    Refusal("glu-linear-offset", _not(None, 0, 0.0), f"an offset in the gate: {_NO_LAYER}"),
+    Refusal("activation-func-clamp-value", _given, f"clamped activations: {_NO_LAYER}"),
     Refusal("qk-layernorm", _given, f"qk-norm: {_NO_LAYER}"),
     Refusal("qk-l2-norm", _given, f"qk-norm: {_NO_LAYER}"),
     Refusal("attention-output-gate", _given, f"an attention output gate: {_NO_LAYER}"),
@@ -125,6 +130,36 @@ REFUSALS: tuple[Refusal, ...] = (
     Refusal("apply-layernorm-1p", _given, f"zero-centred norms: {_NO_LAYER}"),
     Refusal("use-mup", _given, f"muP multipliers: {_NO_LAYER}"),
     Refusal("is-hybrid-model", _given, "deprecated in core: hybrid-layer-pattern says it"),
+    # Mixture of experts.
+    Refusal("moe-layer-freq", _not(None, 1), "hybrid-layer-pattern says which layers have experts (E)"),
+    Refusal("moe-use-upcycling", _given, "the parent comes from a checkpoint: upcycle it with Megatron first"),
+    Refusal("moe-grouped-gemm", _given, "core's grouped experts are Transformer Engine's: they run one after another"),
+    Refusal("moe-latent-size", _given, f"latent experts: {_NO_LAYER}"),
+    Refusal("moe-shared-expert-gate", _given, f"a gate on the shared expert: {_NO_LAYER}"),
+    Refusal("moe-shared-expert-overlap", _given, "the dispatcher would run the shared expert without its selection"),
+    Refusal("use-grouped-gemm-for-shared-expert", _given, "it is Transformer Engine's: leave it out"),
+    Refusal("moe-mlp-glu-interleave-size", _given, "a gated layer has all rows of the gate before the others here"),
+    Refusal("moe-shared-expert-glu-interleave-size", _given, "the gate's rows come before the others here"),
+    Refusal("moe-apply-probs-on-input", _given, f"weights before the experts: {_NO_LAYER}"),
+    Refusal(
+        "moe-router-load-balancing-type",
+        _balanced_over_steps,
+        "aux_loss, seq_aux_loss and none look at one microbatch; the others keep counts that budgets would mix",
+    ),
+    Refusal("moe-router-num-groups", _given, "a narrower model has fewer experts a group: other groups would win"),
+    Refusal("moe-router-group-topk", _given, "a narrower model has fewer experts a group: other groups would win"),
+    Refusal("moe-expert-capacity-factor", _given, "a capacity follows from the number of experts, which is a choice"),
+    Refusal("moe-expert-rank-capacity-factor", _given, "a capacity would drop other tokens in every budget"),
+    Refusal("moe-input-jitter-eps", _given, "with noise in the router what trains is not what is cut"),
+    Refusal("moe-router-force-load-balancing", _given, "random routing is for benchmarks"),
+    Refusal("moe-router-force-biased", _given, "random routing is for benchmarks"),
+    Refusal("moe-router-fusion", _given, "the fused kernel knows no masks: leave it out"),
+    Refusal("moe-enable-routing-replay", _given, "a replayed choice of experts is another selection's"),
+    Refusal("moe-routing-trace-path", _given, "the trace does not see the elastic router"),
+    Refusal("moe-token-dispatcher-type", _not(None, "allgather", "alltoall"), "allgather and alltoall are carried"),
+    Refusal("moe-enable-deepep", _given, "it is the flex dispatcher's: allgather and alltoall are carried"),
+    Refusal("overlap-moe-expert-parallel-comm", _given, "its schedule runs core's layers piece by piece"),
+    Refusal("overlap-dispatch-backward-with-experts-wgrad", _given, "sliced gradients are added in the backward"),
     # What the elastic section sets.
     *(Refusal(flag, _given, _OWNED) for flag in _OWNED_FLAGS),
 )
@@ -238,8 +273,12 @@ def model_shape(flags: Mapping[str, Any], faults: list[str]) -> ModelShape | Non
         **attention,
         **{field: flags[_SIZES[field]] for field in fields},
     )
-    found = shape.faults()
-    faults.extend(f"megatron: {fault}" for fault in found)
+    found = [f"megatron: {fault}" for fault in shape.faults()]
+    if "E" not in pattern and flags.get("num-experts"):
+        found.append(f"megatron.num-experts: {flags['num-experts']} experts, but {pattern!r} has no layer E for them")
+    if "E" in pattern and flags.get("tensor-model-parallel-size", 1) > 1 and not flags.get("sequence-parallel"):
+        found.append("megatron.sequence-parallel: required with MoE layers and tensor parallelism, as in core")
+    faults.extend(found)
     return None if found else shape
 
 

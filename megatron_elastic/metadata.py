@@ -130,8 +130,8 @@ class Metadata:
         try:
             shape = values["shape"] = ModelShape.from_dict(values["shape"])
             values["choices"] = {axis: tuple(sizes) for axis, sizes in values["choices"].items()}
-            if schema < 3:  # axes that it did not know were whole
-                if values["choices"]:
+            if schema < 3:
+                if values["kind"] == "family":  # axes that it did not know were whole
                     values["choices"] = {**shape.choices, **values["choices"]}
                     values["deployment"] = asdict(Deployment())
                 values["selections"] = [{**shape.full, **kept} for kept in values["selections"]]

@@ -100,4 +100,4 @@ class StepLog:
             parent = family.full_cost(budget.unit)
             share = family.selection_cost(selection, budget.unit) / parent
             unit = budget.unit.replace("_", " ")
-            self._say(f"elastic |   {budget.name}: {selection.as_dict()} = {share:.4f} of {parent:g} {unit}")
+            self._say(f"elastic |   {budget.name}: {selection.as_dict()} = {share:.4f} of {parent:.12g} {unit}")

@@ -11,15 +11,16 @@ from __future__ import annotations
 import heapq
 import math
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import product
 from typing import NamedTuple
 
 from megatron_elastic.axes import AXES_OF_KIND
-from megatron_elastic.budget import Selection
+from megatron_elastic.budget import Budget, Selection
 from megatron_elastic.cost_model import CostFormula
 from megatron_elastic.family import Family
+from megatron_elastic.layout import ModelShape
 
 
 class _Term(NamedTuple):
@@ -152,3 +153,49 @@ def nearest(family: Family, fraction: float, unit: str = "parameters") -> Select
 def restricted(family: Family, kept: Mapping[str, int]) -> Family:
     """The family with a single choice on some axes."""
     return replace(family, choices={**family.choices, **{axis: (size,) for axis, size in kept.items()}})
+
+
+def figures(family: Family, selection: Selection) -> dict[str, int]:
+    """What a selection costs at the family's deployment: parameters, active ones, bytes, forward FLOPs a token."""
+    keys = {"memory": "memory_bytes", "flops": "flops_per_token"}
+    units = ("parameters", "active_parameters", "memory", "flops")
+    return {keys.get(unit, unit): math.ceil(family.selection_cost(selection, unit)) for unit in units}
+
+
+FFN_BLOCKS = 8
+"""Of a family made without a recipe, and of a recipe that says nothing."""
+_TILE = 128
+"""Widths of GEMMs that FP8 kernels and tensor parallelism handle well are multiples of this."""
+
+
+def _grid(full: int, step: int, least: int = 1) -> tuple[int, ...]:
+    """The full size and the multiples of `step` below it, down to half of it."""
+    return (full, *(size for size in range(full - 1, 0, -1) if size % step == 0 and 2 * size >= full and size >= least))
+
+
+def default_choices(shape: ModelShape) -> dict[str, tuple[int, ...]]:
+    """Choices for a parent without a recipe, from full sizes down to half of them.
+
+    Widths are multiples of 128 (MLP ones of 512), or sixteenths of a small model's; Mamba heads are whole per group,
+    experts multiples of 8. What published models keep whole is kept: attention heads, Mamba channels (narrowing heads
+    costs less quality and saves more time), and depth, of which nobody knows the layers before the parent is ranked.
+    """
+    found = {}
+    for axis, full in shape.full.items():
+        if axis in ("attention_heads", "mamba_head_dim"):
+            step = full
+        elif axis == "mamba_heads":
+            step = shape.mamba_groups
+        elif axis == "experts":
+            step = 8
+        else:
+            tile = 4 * _TILE if axis == "ffn" else _TILE
+            step = tile if full >= 8 * tile else FFN_BLOCKS * max(1, full // (16 * FFN_BLOCKS))
+        found[axis] = _grid(full, step, shape.top_k if axis == "experts" else 1)
+    return found
+
+
+def default_family(shape: ModelShape, shares: Sequence[float]) -> Family:
+    """A family of a parent without a recipe: default choices, one budget for each share of its parameters."""
+    budgets = tuple(Budget(f"p{100 * share:g}", share) for share in shares)
+    return Family(shape=shape, ffn_blocks=FFN_BLOCKS, choices=default_choices(shape), budgets=budgets)

@@ -1,7 +1,7 @@
 """Sorting: one permutation of a parent into block order, which changes no output, and the checkpoint of it."""
 
 from argparse import Namespace
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_elastic.axes import Dimension, layer_kinds
+from megatron_elastic.axes import BlockOrder, Dimension
 from megatron_elastic.checkpoint import (
     LazyTensor,
     TensorInfo,
@@ -26,7 +26,7 @@ from megatron_elastic.checkpoint import (
 from megatron_elastic.config import Recipe
 from megatron_elastic.errors import CheckpointError
 from megatron_elastic.flags import LAYOUT_FLAGS, shape_flags
-from megatron_elastic.importance.scores import AXIS_OF_KIND, Scores
+from megatron_elastic.importance.scores import Scores, sizes
 from megatron_elastic.layout import Layout, ModelShape
 from megatron_elastic.metadata import Metadata
 
@@ -45,7 +45,8 @@ class Orders:
 
     Attributes:
         hidden: `[h]` int64, shared by all layers.
-        layers: layer number -> axis -> `[size of the axis]` int64.
+        layers: layer number -> axis -> `[size of the axis]` int64; of `expert_ffn` `[experts, width]`, the experts in
+            the parent's order: nothing outside of an expert knows its neurons, so each has an order of its own.
     """
 
     hidden: Tensor
@@ -55,6 +56,13 @@ class Orders:
         """The orders that concern a parameter, by axis."""
         own = self.layers.get(int(name.removeprefix(_LAYER).split(".")[0]), {}) if name.startswith(_LAYER) else {}
         return {"hidden": self.hidden, **own}
+
+
+def _permutation(order: BlockOrder, scores: Tensor) -> Tensor:
+    """The order of one axis, or of each row of scores."""
+    if scores.dim() == 1:
+        return order.permutation(scores)
+    return torch.stack([order.permutation(row) for row in scores])
 
 
 def orders_from_scores(layout: Layout, scores: Scores) -> Orders:
@@ -67,7 +75,7 @@ def orders_from_scores(layout: Layout, scores: Scores) -> Orders:
     if faults:
         raise CheckpointError(f"these scores are another parent's: {'; '.join(faults[:5])}: rank this parent")
     layers = {
-        number: {axis: layout.orders[axis].permutation(tensor) for axis, tensor in axes.items()}
+        number: {axis: _permutation(layout.orders[axis], tensor) for axis, tensor in axes.items()}
         for number, axes in scores.layers.items()
     }
     return Orders(layout.orders["hidden"].permutation(scores.hidden), layers)
@@ -77,13 +85,27 @@ def random_orders(layout: Layout, seed: int) -> Orders:
     """An order drawn at random, heads inside their groups: what a cut is compared with."""
     generator = torch.Generator().manual_seed(seed)
 
-    def draw(axis: str) -> Tensor:
-        order = layout.orders[axis]
-        return order.permutation(torch.rand(order.size, generator=generator, dtype=torch.float64))
+    def draw(axis: str, size: tuple[int, ...]) -> Tensor:
+        return _permutation(layout.orders[axis], torch.rand(size, generator=generator, dtype=torch.float64))
 
-    hidden = draw("hidden")
-    kinds = enumerate(layer_kinds(layout.shape.pattern))
-    return Orders(hidden, {number: {AXIS_OF_KIND[kind]: draw(AXIS_OF_KIND[kind])} for number, kind in kinds})
+    hidden = draw("hidden", (layout.shape.hidden,))
+    layers = {
+        number: {axis: draw(axis, size) for axis, size in sizes(layout.shape, number).items()}
+        for number in range(len(layout.shape.pattern))
+    }
+    return Orders(hidden, layers)
+
+
+def _sorted(tensor: Tensor, dimensions: Sequence[Dimension], own: Mapping[str, Tensor]) -> Tensor:
+    """Sorts the neurons of routed experts, which have been read in their new order: each by its own order."""
+    places = [place for place, dimension in enumerate(dimensions) if "expert_ffn" in dimension.axes]
+    if places and "expert_ffn" in own:
+        (place,), numbers = places, own["experts"] if "experts" in own else torch.arange(len(tensor))
+        for expert, before in zip(tensor, own["expert_ffn"][numbers], strict=True):
+            rows = dimensions[place].permutation({"expert_ffn": before})
+            assert rows is not None
+            expert.copy_(expert.index_select(place - 1, rows))
+    return tensor
 
 
 def source_parameters(path: Path, layout: Layout) -> dict[str, TensorInfo]:
@@ -168,6 +190,7 @@ def sort_checkpoint(
     expert_blocks: int = 1,
     flags: Mapping[str, Any],
     orders: Orders,
+    depth_ranking: Sequence[int] = (),
     progress: bool = False,
 ) -> Path:
     """Writes the sorted parent, tensor by tensor, and verifies it; its outputs are the parent's up to rounding.
@@ -179,6 +202,7 @@ def sort_checkpoint(
         ffn_blocks, expert_blocks: see `ModelShape.orders`.
         flags: Megatron's model flags, kept in the description.
         orders: as made by `orders_from_scores`.
+        depth_ranking: layer numbers, least important first, kept in the description.
         progress: whether to show bars.
 
     Returns:
@@ -193,7 +217,9 @@ def sort_checkpoint(
     def lazy(stored: Stored) -> LazyTensor:
         def read() -> Tensor:
             own = orders.of(stored.stock)
-            return read_entries(path, stored.source, [each.permutation(own) for each in stored.dimensions])
+            shared = {axis: order for axis, order in own.items() if order.dim() == 1}
+            tensor = read_entries(path, stored.source, [each.permutation(shared) for each in stored.dimensions])
+            return _sorted(tensor, stored.dimensions, own)
 
         return LazyTensor(tuple(each.size for each in stored.dimensions), stored.dtype, read)
 
@@ -202,7 +228,12 @@ def sort_checkpoint(
         {stored.name: lazy(stored) for stored in stored_tensors(path, Layout(shape, ffn_blocks, expert_blocks))},
         common=common_state(path),
         metadata=Metadata(
-            kind="sorted", shape=shape, ffn_blocks=ffn_blocks, expert_blocks=expert_blocks, flags=flags
+            kind="sorted",
+            shape=shape,
+            ffn_blocks=ffn_blocks,
+            expert_blocks=expert_blocks,
+            depth_ranking=tuple(depth_ranking),
+            flags=flags,
         ),
         files=carried_files(path),
         progress=progress,
@@ -225,9 +256,15 @@ def sort_parent(
         The folder written.
 
     Raises:
-        CheckpointError: the checkpoint or the scores are not this parent's, or `out` is taken.
+        CheckpointError: the checkpoint or the scores are not this parent's, the scores lack the order of the layers
+            that the recipe needs, or `out` is taken.
     """
-    family = recipe.family
+    family, found = recipe.family, Scores.load(scores)
+    if found.depth is None and len(family.choices["depth"]) > 1:
+        raise CheckpointError(
+            f"scores {scores}: the recipe's depth is elastic, and these have no order of the layers: rank the parent "
+            "with --depth iterative"
+        )
     return sort_checkpoint(
         checkpoint,
         out,
@@ -235,6 +272,7 @@ def sort_parent(
         ffn_blocks=family.ffn_blocks,
         expert_blocks=family.expert_blocks,
         flags=recipe.megatron,
-        orders=orders_from_scores(family.layout, Scores.load(scores)),
+        orders=orders_from_scores(family.layout, found),
+        depth_ranking=() if found.depth is None else found.depth.order,
         progress=progress,
     )

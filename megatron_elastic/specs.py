@@ -9,6 +9,7 @@ from megatron.core.transformer.attention import SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityFuncOp
 from megatron.core.transformer.mlp import MLPSubmodules
+from megatron.core.transformer.moe.moe_layer import MoESubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 
@@ -17,12 +18,14 @@ from megatron_elastic.layers.attention import ElasticAttentionLayer, ElasticSelf
 from megatron_elastic.layers.linear import ElasticColumnParallelLinear, ElasticRowParallelLinear
 from megatron_elastic.layers.mamba import ElasticMambaLayer, ElasticMambaMixer
 from megatron_elastic.layers.mlp import ElasticMLP, ElasticMLPLayer
+from megatron_elastic.layers.moe import ElasticExperts, ElasticMoE, ElasticMoELayer, ElasticSharedExpert
+from megatron_elastic.layers.moe_router import ElasticRouter
 from megatron_elastic.layers.norm import ElasticGatedNorm, ElasticRMSNorm
 from megatron_elastic.layers.stack import ElasticStack
 
 
 def elastic_stack_spec(family: Family) -> ModuleSpec:
-    """The spec of an elastic stack for one family: elastic mixers, attention, MLP and norms on the local backend."""
+    """The spec of an elastic stack for one family: elastic layers of every kind on the local backend."""
     mamba = ModuleSpec(
         module=ElasticMambaLayer,
         submodules=MambaLayerSubmodules(
@@ -58,5 +61,16 @@ def elastic_stack_spec(family: Family) -> ModuleSpec:
             mlp=partial(ElasticMLP.as_mlp_submodule, submodules=linears),
         ),
     )
-    layers = HybridStackSubmodules(mamba_layer=mamba, attention_layer=attention, mlp_layer=mlp)
+    experts = MoESubmodules(
+        router=ElasticRouter,
+        experts=partial(ElasticExperts, submodules=linears),
+        shared_experts=partial(ElasticSharedExpert, submodules=linears),
+    )
+    moe = ModuleSpec(
+        module=ElasticMoELayer,
+        submodules=TransformerLayerSubmodules(
+            pre_mlp_layernorm=ElasticRMSNorm, mlp=partial(ElasticMoE, submodules=experts)
+        ),
+    )
+    layers = HybridStackSubmodules(mamba_layer=mamba, attention_layer=attention, mlp_layer=mlp, moe_layer=moe)
     return ModuleSpec(module=ElasticStack, params={"family": family}, submodules=layers)

@@ -7,7 +7,7 @@ from megatron_elastic.checkpoint.arguments import model_arguments, model_flags
 from megatron_elastic.checkpoint.carried import CARRIED, carried_files, carry, copy_files
 from megatron_elastic.checkpoint.folders import require_free, whole_or_nothing
 from megatron_elastic.checkpoint.integrity import add_manifest, find_verified, has_manifest, verify
-from megatron_elastic.checkpoint.names import FUSED_NORMS, STORED_IN_PARTS, TRACKER, TensorInfo, stored_names
+from megatron_elastic.checkpoint.names import FUSED_NORMS, STORED_IN_PARTS, TRACKER, TensorInfo, expert_of, stored_names
 from megatron_elastic.checkpoint.reading import (
     find_checkpoint,
     fused_norms,
@@ -46,6 +46,7 @@ __all__ = [
     "carry",
     "copy_files",
     "digest",
+    "expert_of",
     "find_checkpoint",
     "find_verified",
     "fused_norms",

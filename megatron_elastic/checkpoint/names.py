@@ -40,6 +40,27 @@ LINEAR = re.compile(r"(\.(in_proj|out_proj|linear_qkv|linear_proj|linear_fc1|lin
 """Weights of core's linear layers, which save an empty extra state beside them and ask for it when they load."""
 
 
+_EXPERT = re.compile(r"\.experts\.local_experts\.(\d+)\.")
+_EXPERTS = ".experts.experts."
+"""Routed experts: a module each in the model, one tensor `[experts, ...]` in a checkpoint."""
+
+
+def expert_of(module: str) -> tuple[str, int | None]:
+    """Stock name of a module's parameter, and which of its experts it is; None where it is no routed expert's."""
+    found = _EXPERT.search(module)
+    if found is None:
+        return module, None
+    return f"{module[: found.start()]}{_EXPERTS}{module[found.end() :]}", int(found[1])
+
+
+def extra_states(stock: str, shape: tuple[int, ...]) -> tuple[str, ...]:
+    """Keys of the empty extra states that core saves beside a parameter: one for every expert of a routed one."""
+    if not LINEAR.search(stock):
+        return ()
+    count = shape[0] if _EXPERTS in stock else 1
+    return tuple(f"{stock.removesuffix('weight')}_extra_state/shard_{number}_{count}" for number in range(count))
+
+
 def stored_names(stock: str) -> tuple[str, ...]:
     """Names that Megatron stores a parameter under, part after part; the stock name alone where it is stored whole."""
     for end, (stored, parts) in STORED_IN_PARTS.items():

@@ -28,10 +28,10 @@ from megatron_elastic.checkpoint.names import (
     CONFIG,
     FORMAT,
     INDEX,
-    LINEAR,
     STATE_OF_A_RUN,
     TRACKER,
     TensorInfo,
+    extra_states,
     stock_name,
     stored_names,
 )
@@ -253,8 +253,7 @@ def write_checkpoint(
     if metadata is not None:
         packed = metadata.to_tensor()
         written[KEY] = LazyTensor(tuple(packed.shape), packed.dtype, lambda: packed)
-    stocks = dict.fromkeys(map(stock_name, tensors))
-    linear = [stock.removesuffix("weight") for stock in stocks if LINEAR.search(stock)]
+    stocks = {stock_name(name): tensor.shape for name, tensor in tensors.items()}
     kept = {key: value for key, value in common.items() if key not in STATE_OF_A_RUN}
     state = {"checkpoint_version": CHECKPOINT_VERSION, "iteration": iteration or 0, **kept}
     with write_faults_are_told(target), whole_or_nothing(target) as partial:
@@ -263,8 +262,9 @@ def write_checkpoint(
         writer = _Writer(path)
         for name, tensor in told(written.items(), f"writing {target.name}", progress):
             writer.tensor(name, tensor)
-        for prefix in linear:
-            writer.object(f"{prefix}_extra_state/shard_0_1", None)
+        for stock, shape in stocks.items():
+            for key in extra_states(stock, shape):
+                writer.object(key, None)
         writer.object(COMMON_STATE, plain(state))
         writer.finish()
         (partial / TRACKER).write_text("release" if iteration is None else str(iteration))

@@ -12,16 +12,16 @@ from megatron_elastic import __version__
 from megatron_elastic.errors import ElasticError, RecipeError
 
 COMMANDS = (
-    *("corpus", "pretrain", "import", "rank", "sort", "train", "extract", "evaluate", "export", "report"),
-    "quickstart",
+    *("plan", "corpus", "pretrain", "import", "rank", "sort", "train", "extract", "evaluate", "export"),
+    *("report", "quickstart"),
 )
 """Subcommands, in the order in which they are used."""
 
-WORKERS = ("_pretrain", "_scratch", "_stage", "_evaluate_all", "_node")
+WORKERS = ("_pretrain", "_scratch", "_stage", "_rank", "_evaluate_all", "_node")
 """What the subcommands start in processes of their own; not shown."""
 
 DESCRIPTION = """\
-One hybrid parent model (Mamba-2, attention, MLP) becomes a family of nested submodels that share
+One hybrid parent model (Mamba-2, attention, MLP, MoE) becomes a family of nested submodels that share
 its weights: trained together in one run with Megatron-Core, and cut out without any further
 training."""
 

@@ -1,11 +1,13 @@
 """`megatron-elastic train`: the elastic run, stage after stage."""
 
 import argparse
+import json
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_elastic.cli import contact, launch, options
+from megatron_elastic.cli.output import stdout_to_stderr
 from megatron_elastic.errors import ElasticError
 
 if TYPE_CHECKING:
@@ -19,7 +21,8 @@ are left out, and an interrupted stage goes on from its newest checkpoint. Witho
 starts the ranks, on this machine. Under torchrun it is one of the ranks and makes one stage, the
 current one; launch/torchrun.sh starts torchrun once a stage, on one node or several. Ctrl-C or
 SIGTERM end it after the step it is in, with a checkpoint, and exit status 130: the same command
-goes on from there. Output: logs/train-stage-N.log beside the family's folder; TensorBoard:
+goes on from there. --dry-run trains nothing: it builds the model of every pipeline stage on the
+meta device and prints what a rank holds. Output: logs/train-stage-N.log beside the family's folder; TensorBoard:
 SAVE/tensorboard."""
 DONE = "every stage is done: nothing to do"
 
@@ -29,6 +32,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.describe(parser, DESCRIPTION)
     options.recipe(parser)
     options.ranks(parser, "all GPUs; without a GPU, one copy of the model")
+    parser.add_argument("--dry-run", action="store_true", help="print what every rank of --ranks ranks would hold")
+    options.as_json(parser)
 
 
 def train(path: Path, ranks: int | None = None) -> bool:
@@ -100,8 +105,35 @@ def _one_rank(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _show_ranks(path: Path, ranks: int | None, as_json: bool) -> None:
+    """Prints what the ranks of every pipeline stage would hold; neither parent nor data need be there."""
+    from megatron_elastic.cli import position
+    from megatron_elastic.config import load_recipe
+
+    ranks = ranks or position.default_ranks(load_recipe(path).megatron)
+    recipe = load_recipe(path, world_size=ranks)
+    with stdout_to_stderr():
+        position.prepare()
+        from megatron_elastic.dry_run import as_rows, dry_run
+
+        rows = as_rows(dry_run(recipe, ranks))
+    if as_json:
+        print(json.dumps({"ranks": ranks, "stages": rows}))
+        return
+    for row in rows:
+        sizes = {name.removesuffix("_bytes"): value for name, value in row.items() if name.endswith("_bytes")}
+        print(
+            f"pipeline stage {row['pipeline_stage']}, {row['ranks']} ranks, layers "
+            f"{', '.join(map(str, row['layers']))}: {row['parameters']:,} parameters a rank; GiB: "
+            + ", ".join(f"{name} {value / 2**30:.2f}" for name, value in sizes.items())
+        )
+
+
 def run(arguments: argparse.Namespace) -> int:
     """Do what the arguments ask for and return the exit status."""
+    if arguments.dry_run:
+        _show_ranks(arguments.recipe, arguments.ranks, arguments.json)
+        return 0
     if launch.under_torchrun():
         return _one_rank(arguments)
     if not train(arguments.recipe, arguments.ranks):

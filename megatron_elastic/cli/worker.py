@@ -7,13 +7,16 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_elastic.cli import contact, node
+from megatron_elastic.cli import contact, node, rank
 
 
 def add_arguments(name: str, parser: argparse.ArgumentParser) -> None:
     """Declare a worker's arguments on its own parser."""
     if name == "_node":
         node.add_arguments(parser)
+        return
+    if name == "_rank":
+        rank.add_arguments(parser)
         return
     if name == "_evaluate_all":
         parser.add_argument("plan", type=Path)
@@ -151,5 +154,6 @@ RUN: Mapping[str, Callable[[argparse.Namespace], int]] = {
     "_scratch": scratch,
     "_evaluate_all": evaluate_all,
     "_node": node.run,
+    "_rank": rank.worker,
 }
 """Worker's name -> its function."""

@@ -66,6 +66,7 @@ REPLACED_NAMES = (
     "torch.cuda.random.set_rng_state",
     "torch._dynamo.config.disable",
     "megatron.core.tensor_parallel.random._set_cuda_rng_state",
+    "megatron.core.transformer.moe.token_dispatcher.maybe_move_tensor_to_cpu",
 )
 """Everything that `install` replaces."""
 
@@ -176,6 +177,11 @@ def _replace_cuda_functions() -> None:
     cuda.manual_seed = _manual_seed
 
 
+def _as_if_moved(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+    """What the exchange of experts' tokens counts with: numbers of tokens, which it takes as numpy from a device."""
+    return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
+
+
 def _is_not_about_cpu_rng(record: logging.LogRecord) -> bool:
     return "CPU RNG state changed" not in record.getMessage()
 
@@ -200,7 +206,9 @@ def install() -> None:
     _replace_tensor_methods()
     _replace_cuda_functions()
     from megatron.core.tensor_parallel import random
+    from megatron.core.transformer.moe import token_dispatcher
 
+    token_dispatcher.maybe_move_tensor_to_cpu = _as_if_moved
     random._set_cuda_rng_state = _set_rng_state
     # The tracked generator is the CPU's own here: that its state changes inside a fork is the purpose.
     logging.getLogger(random.__name__).addFilter(_is_not_about_cpu_rng)

@@ -1,6 +1,6 @@
-"""Importance of hidden channels, neurons and heads, measured on calibration text."""
+"""Importance of channels, neurons, heads, experts and layers, measured on calibration text."""
 
 from megatron_elastic.importance.ranking import rank_parent
-from megatron_elastic.importance.scores import AXIS_OF_KIND, Scores
+from megatron_elastic.importance.scores import DepthRanking, Scores
 
-__all__ = ["AXIS_OF_KIND", "Scores", "rank_parent"]
+__all__ = ["DepthRanking", "Scores", "rank_parent"]

@@ -1,6 +1,7 @@
 """Calibration text: windows spread evenly over a data set, the same ones every time."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +64,31 @@ class CalibrationText:
             )
         return tokens
 
-    def batches(self, size: int) -> Iterator[Tensor]:
-        """Tokens `[b, s]`, in the order of the data."""
-        for start in range(0, self.samples, size):
-            yield torch.stack([self.window(n) for n in range(start, min(start + size, self.samples))])
+    def batches(self, size: int, rank: int = 0, ranks: int = 1) -> list[range]:
+        """Numbers of the samples of each batch of a data-parallel rank, in the order of the data.
+
+        Ranks get samples in equal numbers, or one more, and equally many batches: with expert parallelism they run
+        every layer together. The batches of a rank are of nearly equal sizes.
+
+        Args:
+            size: samples of a batch at most; one more where a rank has one sample more than another.
+            rank: of `ranks`.
+            ranks: data-parallel size.
+
+        Raises:
+            CorpusError: fewer samples than ranks.
+        """
+        least, more = divmod(self.samples, ranks)
+        if not least:
+            raise CorpusError(
+                f"data set {self.prefix}: {self.samples} calibration samples for {ranks} data-parallel ranks: give "
+                "more of them (elastic.calibration.samples, or more text), or start fewer ranks"
+            )
+        count = min(least, -(-(least + bool(more)) // size))
+        start, mine = rank * least + min(rank, more), least + (rank < more)
+        ends = [start + mine * number // count for number in range(count + 1)]
+        return [range(first, last) for first, last in pairwise(ends)]
+
+    def tokens(self, batch: Iterable[int]) -> Tensor:
+        """The samples of a batch, `[b, s]` int64."""
+        return torch.stack([self.window(number) for number in batch])

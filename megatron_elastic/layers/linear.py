@@ -42,15 +42,17 @@ class ElasticColumnParallelLinear(ColumnParallelLinear):
         """
         if segments is None:
             return super().forward(input_, weight, runtime_gather_output)
-        if not (self.allreduce_dgrad or self.sequence_parallel):
+        # The dispatcher has gathered an expert's tokens, and sums what becomes of them.
+        alone = self.explicit_expert_comm
+        if not (self.allreduce_dgrad or self.sequence_parallel or alone):
             input_ = copy_to_tensor_model_parallel_region(input_, group=self.tp_group)
         output = self._forward_impl(
             input=input_,
             weight=sliced_parameter(self.weight, *segments),
             bias=None,
             gradient_accumulation_fusion=False,
-            allreduce_dgrad=self.allreduce_dgrad,
-            sequence_parallel=self.sequence_parallel,
+            allreduce_dgrad=self.allreduce_dgrad and not alone,
+            sequence_parallel=self.sequence_parallel and not alone,
             grad_output_buffer=None,
             wgrad_deferral_limit=None,
             tp_group=self.tp_group,
@@ -83,6 +85,8 @@ class ElasticRowParallelLinear(RowParallelLinear):
             tp_group=None,
             grad_output_buffer=None,
         )
+        if self.explicit_expert_comm:
+            return output, None
         if self.sequence_parallel:
             return reduce_scatter_to_sequence_parallel_region(output, group=self.tp_group), None
         return reduce_from_tensor_model_parallel_region(output, group=self.tp_group), None

@@ -31,6 +31,7 @@ from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group, mak
 from megatron_elastic.errors import ElasticError
 from megatron_elastic.layers.context_parallel import slices_of_rank, whole_sequence
 from megatron_elastic.layers.packing import documents_of
+from megatron_elastic.layers.plain_moe import moe_layer_spec
 from megatron_elastic.ops.causal_conv import causal_conv1d_silu
 from megatron_elastic.ops.gated_norm import gated_rms_norm
 from megatron_elastic.ops.norm import rms_norm
@@ -327,7 +328,10 @@ def mlp_layer_spec() -> ModuleSpec:
 plain_stack_spec = ModuleSpec(
     module=LocalHybridStack,
     submodules=HybridStackSubmodules(
-        mamba_layer=mamba_layer_spec(), attention_layer=attention_layer_spec(), mlp_layer=mlp_layer_spec()
+        mamba_layer=mamba_layer_spec(),
+        attention_layer=attention_layer_spec(),
+        mlp_layer=mlp_layer_spec(),
+        moe_layer=moe_layer_spec(LocalRMSNorm),
     ),
 )
 """The whole stack. An object, not a function: `--spec` takes the attribute as it is."""

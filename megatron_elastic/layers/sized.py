@@ -11,7 +11,7 @@ from megatron.core.ssm.mamba_layer import MambaLayer
 from megatron.core.ssm.mlp_layer import MLPLayer
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.transformer.transformer_layer import TransformerLayer
+from megatron.core.transformer.transformer_layer import MoETransformerLayer, TransformerLayer
 
 from megatron_elastic.layers.plain import LocalHybridStack, plain_stack_spec
 from megatron_elastic.layout import ModelShape
@@ -57,6 +57,10 @@ class SizedMLPLayer(_Sized, MLPLayer):
     """Core's MLP layer at its own size."""
 
 
+class SizedMoELayer(_Sized, MoETransformerLayer):
+    """Core's MoE layer at its own size."""
+
+
 def sized_stack_spec(shape: ModelShape) -> ModuleSpec:
     """The plain stack for a shape whose layers differ."""
     layers, own = plain_stack_spec.submodules, {"shape": shape}
@@ -69,5 +73,6 @@ def sized_stack_spec(shape: ModelShape) -> ModuleSpec:
                 module=SizedAttentionLayer, params=own, submodules=layers.attention_layer.submodules
             ),
             mlp_layer=ModuleSpec(module=SizedMLPLayer, params=own, submodules=layers.mlp_layer.submodules),
+            moe_layer=ModuleSpec(module=SizedMoELayer, params=own, submodules=layers.moe_layer.submodules),
         ),
     )

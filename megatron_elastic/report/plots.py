@@ -23,7 +23,8 @@ AXIS_NAMES = {
 }
 
 
-def _figure(rows: int = 1, columns: int = 1, *, size: tuple[float, float]) -> tuple[Any, Any]:
+def new_figure(rows: int = 1, columns: int = 1, *, size: tuple[float, float]) -> tuple[Any, Any]:
+    """A figure of `size` inches and its grid of axes, in the style of all plots."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -42,7 +43,8 @@ def _figure(rows: int = 1, columns: int = 1, *, size: tuple[float, float]) -> tu
         return pyplot.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
 
 
-def _save(figure: Any, path: Path) -> None:
+def write_figure(figure: Any, path: Path) -> None:
+    """Writes a PNG, whole or not at all, and closes the figure."""
     from matplotlib import pyplot
 
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -77,7 +79,7 @@ def plot_losses(
     """
     if not any(f"kd {name}" in curves for name in budgets):
         return False
-    figure, grid = _figure(size=(8.0, 4.4))
+    figure, grid = new_figure(size=(8.0, 4.4))
     axes = grid[0][0]
     lowest: list[float] = []
     for number, name in enumerate(budgets):
@@ -100,7 +102,7 @@ def plot_losses(
     axes.set_ylabel("KL to the parent (nats per token)")
     axes.set_title("Distillation loss of every budget", loc="left", fontweight="bold")
     axes.legend(fontsize=8, ncols=2)
-    _save(figure, path)
+    write_figure(figure, path)
     return True
 
 
@@ -125,7 +127,7 @@ def plot_router(
         return False
     from matplotlib import colormaps
 
-    figure, grid = _figure(len(drawn), len(choices), size=(3.1 * len(choices), 2.3 * len(drawn) + 0.6))
+    figure, grid = new_figure(len(drawn), len(choices), size=(3.1 * len(choices), 2.3 * len(drawn) + 0.6))
     for row, name in enumerate(drawn):
         for column, (axis, sizes) in enumerate(choices.items()):
             axes = grid[row][column]
@@ -140,7 +142,7 @@ def plot_router(
                 axes.set_xlabel("optimizer step")
             if column == 0:
                 axes.set_ylabel("probability")
-    _save(figure, path)
+    write_figure(figure, path)
     return True
 
 
@@ -151,7 +153,7 @@ def plot_parameters(report: Mapping[str, Any], path: Path) -> None:
         report: what `report.json` holds.
         path: PNG to write.
     """
-    figure, grid = _figure(size=(7.4, 4.6))
+    figure, grid = new_figure(size=(7.4, 4.6))
     axes, budgets, parent = grid[0][0], report["budgets"], report["parent"]
     smaller = [budget for budget in budgets if budget["fraction"] < 1.0]
     rows = (
@@ -180,4 +182,4 @@ def plot_parameters(report: Mapping[str, Any], path: Path) -> None:
     axes.set_ylabel("validation loss (nats per token)")
     axes.set_title("Loss against size", loc="left", fontweight="bold")
     axes.legend(fontsize=8)
-    _save(figure, path)
+    write_figure(figure, path)

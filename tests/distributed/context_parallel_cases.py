@@ -17,8 +17,6 @@ from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_regi
 from megatron.core.utils import get_batch_on_this_cp_rank
 from torch import Tensor
 
-from megatron_elastic.axes import AXES
-from megatron_elastic.budget import Selection
 from megatron_elastic.family import Family
 from megatron_elastic.layers import context_parallel
 from megatron_elastic.layers.packing import packed_documents
@@ -26,7 +24,10 @@ from megatron_elastic.layers.packing import packed_documents
 LENGTH = 72  # three chunks of the scan
 # Every boundary inside a slice of some rank; a document of one token; two ends on the same slice.
 ENDS = ((5, 6, 46, 72), (31, 33, 72))
-SELECTIONS = (Selection(28, 48, 8, 6), Selection(20, 32, 4, 4))
+SELECTIONS = (
+    kit.narrow(hidden=28, ffn=(48, 40, 64), attention_heads=(6, 4), mamba_head_dim=3),
+    kit.narrow(hidden=20, ffn=32, mamba_heads=(4, 8), mamba_head_dim=2, attention_heads=(6, 4), depth=6),
+)
 # One SSM group: context-parallel ranks then share its B and C.
 ONE_GROUP = replace(kit.FAMILY, shape=replace(kit.SHAPE, mamba_groups=1))
 Outcome = dict[str, Any]
@@ -42,10 +43,10 @@ def probabilities(seed: int) -> dict[str, Tensor]:
     """Soft choices that are far from certain, as leaves."""
     generator = torch.Generator().manual_seed(seed)
     return {
-        axis: torch.randn(len(kit.FAMILY.choices[axis]), generator=generator, dtype=torch.float64)
-        .softmax(0)
+        axis: torch.randn(kit.FAMILY.uses(axis), len(choices), generator=generator, dtype=torch.float64)
+        .softmax(1)
         .requires_grad_()
-        for axis in AXES
+        for axis, choices in kit.FAMILY.choices.items()
     }
 
 
@@ -68,7 +69,8 @@ def whole_gradients(model: Any, family: Family) -> dict[str, Tensor]:
     tp, cp = parallel_state.get_tensor_model_parallel_group(), parallel_state.get_context_parallel_group()
     dimensions, found = family.layout.parameters(), {}
     for name, parameter in model.named_parameters():
-        grad = summed(parameter.grad, cp)
+        # A layer that a slice leaves out has no gradient on any rank.
+        grad = summed(torch.zeros_like(parameter) if parameter.grad is None else parameter.grad, cp)
         if getattr(parameter, "sequence_parallel", False):
             grad = summed(grad, tp)
         shards = [torch.empty_like(grad) for _ in range(tp.size())]

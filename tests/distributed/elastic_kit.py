@@ -2,6 +2,7 @@
 
 import zlib
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,7 +17,8 @@ from megatron_elastic.axes import Dimension
 from megatron_elastic.budget import Budget, Selection
 from megatron_elastic.family import Family
 from megatron_elastic.layers.plain import plain_stack_spec
-from megatron_elastic.layout import Layout, ModelShape
+from megatron_elastic.layers.sized import sized_stack_spec
+from megatron_elastic.layout import LAYER, Layout, ModelShape, layer_number
 from megatron_elastic.model import ElasticHybridModel, ElasticModelBuilder, ElasticModelConfig
 
 PATTERN = "M-*M-*-"
@@ -31,11 +33,39 @@ FAMILY = Family(
         "hidden": (32, 28, 24, 20, 16),
         "ffn": (64, 48, 40, 32, 24),
         "mamba_heads": (8, 6, 4, 2),
+        "mamba_head_dim": (4, 3, 2),
         "attention_heads": (8, 6, 4, 2),
+        "depth": (7, 6, 5, 4),
     },
+    heterogeneous=("ffn", "mamba_heads", "attention_heads"),
+    # With two pipeline stages both leave layers out.
+    depth_ranking=(4, 3, 5),
     budgets=(Budget("p100", 1.0), Budget("p75", 0.75), Budget("p50", 0.5)),
 )
-SELECTIONS = (FAMILY.full, Selection(28, 48, 6, 6), Selection(20, 32, 4, 4))
+
+
+def narrow(**sizes: int | tuple[int, ...]) -> Selection:
+    """The whole parent but for some sizes; `depth` leaves out the least important layers."""
+    return FAMILY.select({**SHAPE.full, **sizes})
+
+
+SELECTIONS = (
+    FAMILY.full,
+    narrow(hidden=28, ffn=(48, 64, 40), mamba_heads=6, mamba_head_dim=3, attention_heads=6, depth=6),
+    narrow(hidden=20, ffn=32, mamba_heads=(4, 6), mamba_head_dim=2, attention_heads=(4, 2), depth=5),
+)
+
+
+class SubmodelLayout(Layout):
+    """Dimensions of the parameters of a submodel, whose layers may differ."""
+
+    def parameters(self) -> dict[str, tuple[Dimension, ...]]:
+        """Each layer's as if all layers were like it."""
+        found = dict(self.outside_layers())
+        for number, kind in enumerate(self.shape.pattern):
+            alike = Layout(replace(self.shape, **self.shape.layer(number)), 8)
+            found.update({f"{LAYER}{number}.{name}": each for name, each in alike.of_kind(kind).items()})
+        return found
 
 
 def squared_relu(x: Tensor) -> Tensor:
@@ -44,14 +74,17 @@ def squared_relu(x: Tensor) -> Tensor:
 
 
 def config(shape: ModelShape = SHAPE, *, dtype: torch.dtype = torch.float64, **other: Any) -> TransformerConfig:
-    """Megatron's config of a shape, on the layout that is initialised."""
+    """Megatron's config of a shape, on the layout that is initialised; the largest sizes where layers differ."""
+    # Core's config wants sizes of layers that the pattern does not have, too.
+    sizes = {axis: getattr(shape, axis) or getattr(SHAPE, axis) for axis in SHAPE.full}
+    sizes = {axis: max(size) if isinstance(size, tuple) else size for axis, size in sizes.items()}
     tp = parallel_state.get_tensor_model_parallel_world_size()
     pp = parallel_state.get_pipeline_model_parallel_world_size()
     return TransformerConfig(
         **{
-            "num_layers": len(shape.pattern), "hidden_size": shape.hidden, "ffn_hidden_size": shape.ffn,
-            "num_attention_heads": shape.attention_heads, "num_query_groups": shape.query_groups,
-            "kv_channels": shape.head_dim, "mamba_num_heads": shape.mamba_heads, "mamba_head_dim": shape.mamba_head_dim,
+            "num_layers": len(shape.pattern), "hidden_size": shape.hidden, "ffn_hidden_size": sizes["ffn"],
+            "num_attention_heads": sizes["attention_heads"], "num_query_groups": shape.query_groups,
+            "kv_channels": shape.head_dim, "mamba_num_heads": sizes["mamba_heads"], "mamba_head_dim": sizes["mamba_head_dim"],
             "mamba_num_groups": shape.mamba_groups, "mamba_state_dim": shape.mamba_state, "is_hybrid_model": True,
             "normalization": "RMSNorm", "add_bias_linear": False, "activation_func": squared_relu,
             "hidden_dropout": 0.0, "attention_dropout": 0.0, "attention_softmax_in_fp32": False, "params_dtype": dtype,
@@ -172,10 +205,10 @@ def keep_fp64(model: torch.nn.Module, dtype: torch.dtype) -> None:
 def stock_model(
     shape: ModelShape, *, dtype: torch.dtype = torch.float64, positions: str = "none", **other: Any
 ) -> HybridModel:
-    """Core's own `HybridModel` of a shape, with core's layers."""
+    """Core's own `HybridModel` of a shape, with core's layers, each at its own size where they differ."""
     model = HybridModel(
         config=config(shape, dtype=dtype, **other),
-        hybrid_stack_spec=plain_stack_spec,
+        hybrid_stack_spec=plain_stack_spec if shape.uniform else sized_stack_spec(shape),
         vocab_size=shape.vocab,
         max_sequence_length=64,
         hybrid_layer_pattern=split_pattern(shape.pattern),
@@ -188,16 +221,34 @@ def stock_model(
     return model
 
 
+def kept_entries(layout: Layout, name: str, selection: Selection) -> list[Tensor]:
+    """Entries of each dimension of a parent's parameter that a selection keeps."""
+    number = layer_number(name)
+    sizes = {"hidden": selection.hidden} if number is None else selection.layer(layout.shape.pattern, number)
+    segments = [dimension.segments(sizes, layout.shape.full) for dimension in layout.parameters()[name]]
+    return [torch.cat([torch.arange(start, stop) for start, stop in kept]) for kept in segments]
+
+
+def submodel_names(layout: Layout, selection: Selection) -> dict[str, str]:
+    """Name of a parent's parameter -> its name in the submodel, whose layers are numbered anew; skipped ones have none."""
+    left = [number for number in range(len(layout.shape.pattern)) if number not in selection.skipped]
+    found = {}
+    for name in layout.parameters():
+        number = layer_number(name)
+        if number is None:
+            found[name] = name
+        elif number in left:
+            found[name] = name.replace(f"{LAYER}{number}.", f"{LAYER}{left.index(number)}.")
+    return found
+
+
 def cut(weights: Mapping[str, Tensor], layout: Layout, selection: Selection) -> dict[str, Tensor]:
     """Index-select reference of the slice: independent of the sliced path's own code."""
     found = {}
-    for name, dimensions in layout.parameters().items():
-        value = weights[name]
-        for number, dimension in enumerate(dimensions):
-            kept = dimension.segments(selection.as_dict(), layout.shape.full)
-            index = torch.cat([torch.arange(start, stop) for start, stop in kept])
-            value = value.index_select(number, index)
-        found[name] = value
+    for name, own in submodel_names(layout, selection).items():
+        found[own] = weights[name]
+        for number, index in enumerate(kept_entries(layout, name, selection)):
+            found[own] = found[own].index_select(number, index)
     return found
 
 
@@ -210,17 +261,15 @@ def permuted(tensor: Tensor, dimensions: tuple[Dimension, ...], orders: Mapping[
     return tensor
 
 
-def scatter_back(
-    part: Tensor, whole: Tensor, dimensions: tuple[Dimension, ...], layout: Layout, s: Selection
-) -> Tensor:
-    """A slice's tensor in its place in a zero tensor of the parent's shape."""
-    result = torch.zeros_like(whole)
-    grid = []
-    for dimension in dimensions:
-        kept = dimension.segments(s.as_dict(), layout.shape.full)
-        grid.append(torch.cat([torch.arange(start, stop) for start, stop in kept]))
-    result[torch.meshgrid(*grid, indexing="ij")] = part
-    return result
+def scatter_back(parts: Mapping[str, Tensor], layout: Layout, selection: Selection) -> dict[str, Tensor]:
+    """A submodel's tensors in their place in the parent's, which are zero elsewhere."""
+    names, found = submodel_names(layout, selection), {}
+    for name, dimensions in layout.parameters().items():
+        found[name] = torch.zeros([dimension.size for dimension in dimensions], dtype=torch.float64)
+        if name in names:
+            grid = torch.meshgrid(*kept_entries(layout, name, selection), indexing="ij")
+            found[name][grid] = parts[names[name]]
+    return found
 
 
 def batch(index: int = 0, *, size: int = 2, length: int = 24) -> dict[str, Tensor]:

@@ -11,9 +11,8 @@ from megatron.core import parallel_state
 from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 from torch import Tensor
 
-from megatron_elastic.axes import AXES
 from megatron_elastic.budget import Selection
-from megatron_elastic.cost_model import parameters, selections
+from megatron_elastic.cost_model import parameters
 from megatron_elastic.layers import norm as norm_layers
 from megatron_elastic.layout import Layout
 from megatron_elastic.masks import one_hot
@@ -21,20 +20,30 @@ from megatron_elastic.sorting import random_orders
 
 LAYOUT = kit.FAMILY.layout
 CHOICES = kit.FAMILY.choices
+LAYERS = len(kit.PATTERN)
 Outcome = dict[str, Any]
 
 
 def chosen_selections() -> dict[str, Selection]:
-    """Every axis alone at its smallest, all at their smallest, and seeded random combinations."""
-    found = {}
-    full = kit.FAMILY.full.as_dict()
-    for axis in AXES:
-        found[axis] = Selection.from_dict({**full, axis: CHOICES[axis][-1]})
-    found["smallest"] = Selection.from_dict({axis: CHOICES[axis][-1] for axis in AXES})
-    every = list(selections(CHOICES))
-    for number, selection in enumerate(random.Random(17).sample(every, 5)):
-        found[f"random{number}"] = selection
+    """Every axis alone at its smallest, or differing between layers; all of them; and seeded random combinations."""
+    found = {axis: kit.narrow(**{axis: CHOICES[axis][-1]}) for axis in kit.FAMILY.axes}
+    found["smallest"] = kit.FAMILY.select({axis: CHOICES[axis][-1] for axis in kit.FAMILY.axes})
+    varied: dict[str, int | tuple[int, ...]] = {"ffn": (24, 64, 40), "mamba_heads": (2, 6), "attention_heads": (6, 2)}
+    found.update({f"varied {axis}": kit.narrow(**{axis: sizes}) for axis, sizes in varied.items()})
+    found["varied"] = kit.narrow(**varied, hidden=24, mamba_head_dim=3, depth=5)
+    draw = random.Random(17)
+    for number in range(5):
+        found[f"random{number}"] = random_selection(draw)
     return found
+
+
+def random_selection(draw: random.Random) -> Selection:
+    """Any sizes that the family's choices allow, without any layers (hard masks know the ranked ones alone)."""
+    sizes: dict[str, int | tuple[int, ...]] = {}
+    for axis in kit.FAMILY.axes:
+        uses = tuple(draw.choice(CHOICES[axis]) for _ in range(kit.FAMILY.uses(axis)))
+        sizes[axis] = uses if len(uses) > 1 else uses[0]
+    return kit.FAMILY.select(sizes)
 
 
 def whole_gradients(model: Any, layout: Layout) -> dict[str, Tensor]:
@@ -77,20 +86,18 @@ def extracted(
     selection: Selection, teacher_logits: Tensor, weights: dict[str, Tensor] | None = None, positions: str = "none"
 ) -> Outcome:
     """A stock model of the submodel's shape with the kept weights; gradients in their place in the parent's."""
-    shape = kit.SHAPE.resized(selection.as_dict())
-    small = Layout(shape, 8)
+    shape = selection.submodel(kit.SHAPE)
+    small = kit.SubmodelLayout(shape, 8)
     weights = kit.full_weights(LAYOUT) if weights is None else weights
     model = kit.stock_model(shape, positions=positions)
     share = parallel_state.get_tensor_model_parallel_world_size()
     if share == 1:  # equality 4: the formula is the built object's size
-        assert sum(p.numel() for p in model.parameters()) == parameters(kit.SHAPE, selection.as_dict())
+        assert sum(p.numel() for p in model.parameters()) == parameters(
+            kit.SHAPE, selection.sizes, selection.gates(LAYERS)
+        )
     kit.set_weights(model, small, kit.cut(weights, LAYOUT, selection))
     found = outcome(model, small, teacher_logits)
-    dimensions = LAYOUT.parameters()
-    found["grads"] = {
-        name: kit.scatter_back(grad, weights[name], dimensions[name], LAYOUT, selection)
-        for name, grad in found["grads"].items()
-    }
+    found["grads"] = kit.scatter_back(found["grads"], LAYOUT, selection)
     return found
 
 
@@ -112,7 +119,7 @@ def teacher_logits_of(model: Any) -> Tensor:
 
 def soft(selection: Selection) -> dict[str, Any]:
     """Keyword of the masked path at one-hot."""
-    return {"probabilities": one_hot(selection, CHOICES, torch.float64)}
+    return {"probabilities": one_hot(selection, kit.FAMILY, torch.float64)}
 
 
 def sorting(model: Any, teacher_logits: Tensor) -> dict[str, float]:
@@ -203,8 +210,8 @@ def _gated_norm_over_the_whole_group(model: Any) -> Callable[[], None]:
 def _unmasked_residual(model: Any) -> Callable[[], None]:
     """One layer adds to channels that the submodel does not have."""
     layer = model.decoder.layers[1]
-    layer.forward = lambda x, **k: (
-        x + layer.mlp(layer.pre_mlp_layernorm(x, width=k["masks"].hidden.sum()), mask=k["masks"].ffn)
+    layer.forward = lambda x, **k: x + layer.mlp(
+        layer.pre_mlp_layernorm(x, width=k["masks"].hidden.sum()), mask=k["masks"].axes["ffn"]
     )
     return lambda: layer.__dict__.pop("forward")
 
@@ -220,6 +227,7 @@ def _final_norm_over_full_width(model: Any) -> Callable[[], None]:
 def _other_columns(model: Any, name: str) -> Callable[[], None]:
     """A sliced weight takes the last entries instead of the first."""
     plan = model.decoder.plans.of(chosen_selections()["smallest"])
+    plan = next((each for each in (plan, *plan.layers) if name in each.segments))
     right = plan.segments[name]
     size = kit.SHAPE.hidden
     moved = tuple(
@@ -231,7 +239,7 @@ def _other_columns(model: Any, name: str) -> Callable[[], None]:
 
 def _plain_prefix_of_heads(model: Any) -> Callable[[], None]:
     """Mamba heads are cut as a plain prefix over the groups."""
-    plan = model.decoder.plans.of(chosen_selections()["smallest"])
+    plan = model.decoder.plans.of(chosen_selections()["smallest"]).layers[0]
     right = plan.segments["mixer.A_log"]
     kept = sum(stop - start for start, stop in right[0])
     plan.segments["mixer.A_log"] = (((0, kept),),)

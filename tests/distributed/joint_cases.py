@@ -13,7 +13,6 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.training import global_vars
 from torch import Tensor
 
-from megatron_elastic.axes import AXES
 from megatron_elastic.distillation.roles import JointRoles
 from megatron_elastic.forward_step import JointStep
 from megatron_elastic.metadata import Metadata
@@ -40,7 +39,7 @@ class SilentLog:
 
 def new_router() -> Router:
     """The same initial router everywhere."""
-    return Router(ROUTER, shape=kit.SHAPE, choices=kit.FAMILY.choices, budgets=kit.FAMILY.budgets)
+    return Router(ROUTER, kit.FAMILY)
 
 
 def reference(mode: str) -> dict[str, Any]:
@@ -51,7 +50,9 @@ def reference(mode: str) -> dict[str, Any]:
     tokens = sum(kit.batch(i)["loss_mask"].sum() for i in range(BASE_MICROBATCHES))
     total: Any = 0.0
     losses = torch.zeros(len(WEIGHTS), dtype=torch.float64)
-    soft = [{axis: router.probabilities(budget, axis, STEP) for axis in AXES} for budget in range(len(WEIGHTS))]
+    soft = [
+        {axis: router.probabilities(budget, axis, STEP) for axis in kit.FAMILY.axes} for budget in range(len(WEIGHTS))
+    ]
     for index in range(BASE_MICROBATCHES):
         batch = kit.batch(index)
         where = batch["tokens"], batch["position_ids"]
@@ -111,8 +112,8 @@ def keep_masks_on_the_stack(model: Any) -> None:
         last[:] = [mask.detach() for mask in masks]  # a graph captured here could not be walked twice
         return masks
 
-    def wrong(numbers: Any, plan: Any, x: Tensor, rotary: Any, documents: Any, *masks: Tensor) -> Tensor:
-        return right(numbers, plan, x, rotary, documents, *(mask.to(x.dtype) for mask in (last if masks else ())))
+    def wrong(numbers: Any, plan: Any, moe: Any, x: Tensor, rotary: Any, documents: Any, *masks: Tensor) -> Tensor:
+        return right(numbers, plan, moe, x, rotary, documents, *(mask.to(x.dtype) for mask in (last if masks else ())))
 
     stack.mask_tables.forward, stack._run = mixed, wrong
 
@@ -125,12 +126,8 @@ def joint(mode: str, tp: int, pp: int, *, ambient: bool = False, **config: Any) 
         keep_masks_on_the_stack(model)
     trainer = RouterTrainer(new_router(), WEIGHTS) if mode == "soft" else None
     state = FamilyState(
-        Metadata(
-            kind="family", shape=kit.SHAPE, ffn_blocks=8, flags={}, choices=dict(kit.FAMILY.choices),
-            budgets=kit.FAMILY.budgets, selections=kit.SELECTIONS if mode == "sliced" else (),
-        ),
-        trainer,
-    )  # fmt: skip
+        Metadata.of_family(kit.FAMILY, {}, selections=kit.SELECTIONS if mode == "sliced" else ()), trainer
+    )
     model.states = (state,)
     recipe = SimpleNamespace(family=kit.FAMILY, temperature=1.0, budget_mode="joint")
     step = JointStep(recipe, state, WEIGHTS, SilentLog())  # type: ignore[arg-type]

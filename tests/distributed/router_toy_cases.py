@@ -1,14 +1,14 @@
 """Cases of `cases_body.py`, on one rank: a router that meets parents of which half an axis is useless."""
 
+from itertools import product
 from typing import Any
 
 import elastic_kit as kit
 import torch
 from torch import Tensor
 
-from megatron_elastic.axes import AXES
 from megatron_elastic.budget import Budget, Selection
-from megatron_elastic.cost_model import parameters, selections
+from megatron_elastic.cost_model import parameters
 from megatron_elastic.family import Family
 from megatron_elastic.layers.linear import TeacherTarget
 from megatron_elastic.layout import ModelShape
@@ -18,7 +18,7 @@ SHAPE = ModelShape(
     pattern="M-*-", vocab=64, hidden=32, ffn=64, attention_heads=8, query_groups=2, head_dim=4,
     mamba_heads=8, mamba_head_dim=4, mamba_groups=2, mamba_state=6,
 )  # fmt: skip
-CHOICES = {
+NARROWED = {
     "hidden": (32, 31, 30, 29, 28, 27, 26, 25, 24),
     "ffn": (64, 32),
     "mamba_heads": (8, 4),
@@ -33,8 +33,10 @@ HALVED = {axis: Selection.from_dict({**SHAPE.full, axis: SHAPE.full[axis] // 2})
 
 def family(axis: str) -> Family:
     """The toy whose smaller budget is as large as the parent without half of `axis`."""
-    target = parameters(SHAPE, HALVED[axis].as_dict()) / parameters(SHAPE, SHAPE.full)
-    return Family(shape=SHAPE, ffn_blocks=8, choices=CHOICES, budgets=(Budget("p100", 1.0), Budget("small", target)))
+    target = parameters(SHAPE, HALVED[axis].sizes) / parameters(SHAPE, SHAPE.full)
+    return Family(
+        shape=SHAPE, ffn_blocks=8, choices=NARROWED, budgets=(Budget("p100", 1.0), Budget("small", target))
+    )
 
 
 def halves(blocks: int, size: int, width: int) -> tuple[Tensor, Tensor]:
@@ -101,7 +103,7 @@ def train(model: Any, axis: str, seed: int, *, blind: bool = False) -> dict[str,
     """A short run of the router alone; what it decides. A blind one sees the penalty but not the KD loss."""
     config = RouterConfig(iterations=STEPS, width=64, warmup=5, tolerance=TOLERANCE, seed=seed)
     declared = family(axis)
-    router = Router(config, shape=SHAPE, choices=CHOICES, budgets=declared.budgets)
+    router = Router(config, declared)
     trainer = RouterTrainer(router, (0.5, 0.5))
     before = router.decide(0)[1]
     targets = [teacher_of(model, index) for index in range(4)]
@@ -111,22 +113,23 @@ def train(model: Any, axis: str, seed: int, *, blind: bool = False) -> dict[str,
             kd(model, step % 4, targets[step % 4], probabilities=leaves).backward()  # type: ignore[no-untyped-call]
         trainer.reduce(torch.tensor(1))
         trainer.commit()
-    quiet = {name: router.probabilities(1, name, STEPS, noise=False) for name in AXES}
+    quiet = {name: router.probabilities(1, name, STEPS, noise=False) for name in router.choices}
     return {
         "before": before.as_dict(),
         "decided": router.decide(STEPS)[1].as_dict(),
         "wanted": HALVED[axis].as_dict(),
-        "certainty": {name: float(quiet[name].max()) for name in AXES},
+        "certainty": {name: float(quiet[name].max()) for name in router.nets},
         "cost": float(router.expected_cost(1, quiet)),
     }
 
 
 def reachable(axis: str, model: Any) -> dict[str, float]:
     """The KL of every selection that meets the toy's target."""
-    target = parameters(SHAPE, HALVED[axis].as_dict())
+    target = parameters(SHAPE, HALVED[axis].sizes)
     found = {}
-    for selection in selections(CHOICES):
-        if abs(parameters(SHAPE, selection.as_dict()) / target - 1) <= TOLERANCE:
+    for sizes in product(*NARROWED.values()):
+        selection = Selection.from_dict({**SHAPE.full, **dict(zip(NARROWED, sizes, strict=True))})
+        if abs(parameters(SHAPE, selection.sizes) / target - 1) <= TOLERANCE:
             with torch.no_grad():
                 found[str(selection.as_dict())] = float(kd(model, 0, selection=selection))
     return found
@@ -134,20 +137,24 @@ def reachable(axis: str, model: Any) -> dict[str, float]:
 
 def gradients(model: Any) -> dict[str, dict[str, float]]:
     """The KD loss's gradient of every axis' probabilities at a soft selection, and its error to finite differences."""
-    made = {axis: torch.linspace(0.6, 0.2, len(CHOICES[axis]), dtype=torch.float64).softmax(0) for axis in AXES}
+    made = {
+        axis: torch.linspace(0.6, 0.2, len(choices), dtype=torch.float64).softmax(0).repeat(kit.FAMILY.uses(axis), 1)
+        for axis, choices in kit.FAMILY.choices.items()
+    }
     leaves = {axis: p.clone().requires_grad_() for axis, p in made.items()}
     kd(model, 0, probabilities=leaves).backward()  # type: ignore[no-untyped-call]
     found = {}
-    for axis in AXES:
+    for axis in made:
         gradient = leaves[axis].grad
         assert gradient is not None
-        direction = torch.randn(len(gradient), generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+        direction = torch.randn(gradient.shape, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
         with torch.no_grad():
             there, back = (
                 kd(model, 0, probabilities={**made, axis: made[axis] + sign * 1e-5 * direction}) for sign in (1, -1)
             )
         numeric = (there - back) / 2e-5
-        error = (numeric - gradient @ direction).abs() / (gradient @ direction).abs()
+        exact = (gradient * direction).sum()
+        error = (numeric - exact).abs() / exact.abs()
         found[axis] = {"norm": float(gradient.norm()), "error": float(error)}
     return found
 
@@ -163,6 +170,6 @@ def run_all() -> dict[str, Any]:
             "runs": [train(model, axis, seed) for seed in SEEDS],
             "blind": [train(model, axis, seed, blind=True) for seed in SEEDS],
         }
-    # An ordinary parent: every part of it matters.
-    found["gradients"] = gradients(kit.elastic_model(family=family("ffn")))
+    # An ordinary parent, every axis of it narrowed: every part of it matters.
+    found["gradients"] = gradients(kit.elastic_model())
     return found

@@ -9,7 +9,7 @@ import pytest
 from tests.distributed.launch import run_ranks
 
 pytestmark = pytest.mark.distributed
-AXES = ("hidden", "ffn", "mamba_heads", "attention_heads")
+AXES = ("hidden", "ffn", "mamba_heads", "mamba_head_dim", "attention_heads", "depth")
 TOYS = ("ffn", "mamba_heads")
 
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from megatron_elastic.axes import AXES_OF_KIND
 from megatron_elastic.budget import Budget, Selection
 from megatron_elastic.errors import CheckpointError
 from megatron_elastic.extraction import cut
@@ -16,13 +17,16 @@ pytestmark = [
     pytest.mark.skipif(torch.cuda.is_available(), reason="fp64 proofs on the CPU adaptation, which refuses CUDA"),
 ]
 SHAPE, LAYOUT = parent.SHAPE, parent.LAYOUT
-SMALL = Selection(hidden=15, ffn=20, mamba_heads=6, attention_heads=2)
+SMALL = Selection.from_dict({**SHAPE.full, "hidden": 15, "ffn": 20, "mamba_heads": 6, "attention_heads": 2})
 FAMILY = Family(
     shape=SHAPE,
     ffn_blocks=parent.BLOCKS,
-    choices={"hidden": (24, 15), "ffn": (32, 20), "mamba_heads": (8, 6), "attention_heads": (8, 2)},
+    choices={
+        "hidden": (24, 15), "ffn": (32, 20), "mamba_heads": (8, 6), "mamba_head_dim": (4,), "attention_heads": (8, 2),
+        "depth": (5,),
+    },
     budgets=(Budget("p100", 1.0), Budget("p50", 0.5)),
-)
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -70,8 +74,7 @@ def test_the_sorted_parent_has_the_parents_logits(process, source, tmp_path, see
 def identity(**changed: torch.Tensor) -> Orders:
     """Leaves every axis as it is, but for those given."""
     axes = {axis: changed.get(axis, torch.arange(size)) for axis, size in SHAPE.full.items()}
-    kinds = {"M": "mamba_heads", "*": "attention_heads", "-": "ffn"}
-    layers = {number: {kinds[kind]: axes[kinds[kind]]} for number, kind in enumerate(SHAPE.pattern)}
+    layers = {n: {axis: axes[axis] for axis in AXES_OF_KIND[kind]} for n, kind in enumerate(SHAPE.pattern)}
     return Orders(axes["hidden"], layers)
 
 
@@ -109,7 +112,7 @@ def test_the_extracted_model_is_the_slice(process, source, tmp_path, selection):
     family = process.build_elastic_model(parent.FLAGS, FAMILY, torch.float64)
     process.load_weights(family, source)
     cut(source, tmp_path / "cut", shape=SHAPE, ffn_blocks=4, flags=parent.FLAGS, selection=selection)
-    extracted = load(process, tmp_path / "cut", shape_flags(SHAPE.resized(selection.as_dict()), parent.FLAGS))
+    extracted = load(process, tmp_path / "cut", shape_flags(selection.submodel(SHAPE), parent.FLAGS))
     inside = parent.logits(family, text, selection=selection)
     # fp64: a slice may be summed in pieces.
     assert deviation(parent.logits(extracted, text), inside) < 1e-12

@@ -10,7 +10,6 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from torch import Tensor
 
-from megatron_elastic.axes import AXES
 from megatron_elastic.distillation.roles import JointRoles, RoleDataset, Roles, SampledRoles
 from megatron_elastic.model import ElasticHybridModel, ElasticModelBuilder, ElasticModelConfig
 from megatron_elastic.router import Router, RouterConfig
@@ -59,7 +58,7 @@ def microbatches(mode: str, layout: Layout, step: int) -> Iterator[dict[str, Ten
 def new_router(seed: int = ROUTER.seed) -> Router:
     """The same initial router everywhere, in fp64 as the model it is compared in."""
     config = RouterConfig(**{**vars(ROUTER), "seed": seed})
-    return Router(config, shape=SHAPE, choices=FAMILY.choices, budgets=FAMILY.budgets).double()
+    return Router(config, FAMILY).double()
 
 
 _MADE: list[tuple[int, ...]] = []
@@ -129,7 +128,7 @@ def reference(mode: str, micro: int, dtype: torch.dtype) -> dict[str, Any]:
     for step in range(FIRST, FIRST + STEPS):
         adam.zero_grad()
         router_adam.zero_grad()
-        made = [{axis: router.probabilities(b, axis, step) for axis in AXES} for b in range(len(WEIGHTS))]
+        made = [{axis: router.probabilities(b, axis, step) for axis in FAMILY.axes} for b in range(len(WEIGHTS))]
         sums, counted = torch.zeros(len(WEIGHTS), 2, dtype=torch.float64), torch.zeros((), dtype=torch.int)
         for start in range((step - FIRST) * SAMPLES, (step - FIRST + 1) * SAMPLES, micro):
             batch = torch.utils.data.default_collate([Text()[start + i] for i in range(micro)])
@@ -173,5 +172,6 @@ def reference(mode: str, micro: int, dtype: torch.dtype) -> dict[str, Any]:
 
 
 def chosen(router: Router, step: int) -> Tensor:
-    """What the router would decide now, `[budgets, axes]`."""
-    return torch.tensor([list(s.as_dict().values()) for s in router.decide(step)])
+    """What the router would decide now, `[budgets, axes and layers]`."""
+    layers = len(SHAPE.pattern)
+    return torch.tensor([[*s.sizes.values(), *s.gates(layers)] for s in router.decide(step)])

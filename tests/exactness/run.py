@@ -16,7 +16,6 @@ from megatron.training import global_vars
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from megatron_elastic.axes import AXES
 from megatron_elastic.forward_step import JointStep
 from megatron_elastic.metadata import Metadata
 from megatron_elastic.model import FamilyState
@@ -79,10 +78,7 @@ def run(mode: str, layout: Layout, *, faulty: bool = False) -> dict[str, Any]:
     trainer = RouterTrainer(router, sizes.WEIGHTS)
     if faulty:
         make_faulty(chunks)
-    description = Metadata(
-        kind="family", shape=sizes.SHAPE, ffn_blocks=8, flags={}, choices=dict(sizes.FAMILY.choices),
-        budgets=sizes.FAMILY.budgets, selections=() if soft else sizes.SELECTIONS,
-    )  # fmt: skip
+    description = Metadata.of_family(sizes.FAMILY, {}, selections=() if soft else sizes.SELECTIONS)
     state = FamilyState(description, trainer)
     recipe: Any = SimpleNamespace(family=sizes.FAMILY, temperature=1.0, budget_mode=mode.split()[0])
     log: Any = SilentLog()
@@ -166,7 +162,9 @@ def steps(mode: str, layout: Layout, step: JointStep, wrapped: list[Any], optimi
         # What the router's step will see, before it is made.
         if number == sizes.FIRST:
             router = trainer.router
-            made = [{axis: router.probabilities(b, axis, number) for axis in AXES} for b in range(len(sizes.WEIGHTS))]
+            made = [
+                {axis: router.probabilities(b, axis, number) for axis in sizes.FAMILY.axes} for b in range(len(sizes.WEIGHTS))
+            ]
             found["penalty"] = torch.stack([router.penalty(b, p) for b, p in enumerate(made)]).detach()
             found["selections"] = small.chosen(router, number)
         optimizer.step()

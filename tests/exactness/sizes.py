@@ -1,6 +1,6 @@
 """Sizes of the small family of the table of exactness; needs torch alone."""
 
-from megatron_elastic.budget import Budget, Selection
+from megatron_elastic.budget import Budget
 from megatron_elastic.family import Family
 from megatron_elastic.layout import ModelShape
 from megatron_elastic.router import RouterConfig
@@ -15,7 +15,10 @@ FAMILY = Family(
     choices={"hidden": (32, 28, 24, 20), "ffn": (64, 48, 32), "mamba_heads": (8, 4), "attention_heads": (8, 6, 4)},
     budgets=(Budget("whole", 1.0), Budget("half", 0.7)),
 )
-SELECTIONS = (FAMILY.full, Selection(24, 32, 4, 6))
+SELECTIONS = (
+    FAMILY.full,
+    FAMILY.select({**SHAPE.full, "hidden": 24, "ffn": 32, "mamba_heads": 4, "attention_heads": 6}),
+)
 SEPARATORS = {(1, 1): "M-*M", (2, 1): "M-|*M", (2, 2): "M|-|*|M"}
 WEIGHTS = (0.6, 0.4)
 SAMPLES, LENGTH = 4, 16

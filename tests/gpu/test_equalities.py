@@ -16,7 +16,6 @@ from megatron_elastic.masks import one_hot
 # fp32: a few hundred roundings of 6e-8 in each layer's sums, carried through seven layers and squared ReLUs.
 # The same comparison gives 6e-5 on a CPU.
 TOLERANCE = 1e-3
-SMALL = Selection(20, 32, 4, 4)
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +48,7 @@ def build(kit: Any) -> Any:
 
 
 def soft(kit: Any, selection: Selection, device: torch.device) -> dict[str, Tensor]:
-    return {axis: p.to(device) for axis, p in one_hot(selection, kit.FAMILY.choices).items()}
+    return {axis: p.to(device) for axis, p in one_hot(selection, kit.FAMILY).items()}
 
 
 def test_masked_is_sliced(kit: Any) -> None:
@@ -60,7 +59,7 @@ def test_masked_is_sliced(kit: Any) -> None:
         sliced = outcome(kit, model, selection=selection)
         masked = outcome(kit, model, probabilities=soft(kit, selection, device))
         assert kit.worst(masked, sliced) < TOLERANCE, selection
-    other = outcome(kit, model, selection=SMALL)
+    other = outcome(kit, model, selection=kit.SELECTIONS[2])
     assert kit.worst(outcome(kit, model, selection=kit.FAMILY.full), other) > 100 * TOLERANCE
 
 
@@ -71,4 +70,4 @@ def test_full_is_the_plain_model(kit: Any) -> None:
     kit.set_weights(stock, kit.FAMILY.layout, kit.full_weights(kit.FAMILY.layout))
     plain = outcome(kit, stock.cuda())
     assert kit.worst(outcome(kit, model, selection=kit.FAMILY.full), plain) < TOLERANCE
-    assert kit.worst(outcome(kit, model, selection=SMALL), plain) > 100 * TOLERANCE
+    assert kit.worst(outcome(kit, model, selection=kit.SELECTIONS[2]), plain) > 100 * TOLERANCE

@@ -23,10 +23,10 @@ FLAGS = {
 }  # fmt: skip
 
 
-def weights() -> dict[str, Tensor]:
+def weights(layout: Layout = LAYOUT) -> dict[str, Tensor]:
     """Every parameter filled with numbers that occur nowhere else (exact in fp32)."""
     found, start = {}, 1
-    for name, dimensions in LAYOUT.parameters().items():
+    for name, dimensions in layout.parameters().items():
         size = [dimension.size for dimension in dimensions]
         count = torch.Size(size).numel()
         found[name] = torch.arange(start, start + count, dtype=torch.float32).view(size)

@@ -1,5 +1,6 @@
 """Block order: what a choice keeps does not depend on the layout, nests, and is one set for masks, slices, sorting."""
 
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import pytest
@@ -8,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from megatron_elastic.axes import AXES, BlockOrder, Dimension, Item, Part, Segments, layer_kinds
+from megatron_elastic.axes import BlockOrder, Dimension, Item, Part, Segments, index_in_kind, layer_kinds
 from megatron_elastic.budget import Selection
-from tests.unit.small_family import FAMILY, SHAPE, selections
+from tests.unit.small_family import FAMILY, SHAPE, narrow, selections
 
 PARAMETERS = FAMILY.layout.parameters()
 DEALT = BlockOrder(24, 4)
@@ -28,6 +29,7 @@ def kept_entries(order: BlockOrder, choice: int) -> set[int]:
 
 def test_layer_kinds_leave_out_pipeline_separators() -> None:
     assert layer_kinds("M-|*-||M") == "M-*-M"
+    assert [index_in_kind("M-*-M", number) for number in range(5)] == [0, 0, 0, 1, 1]
 
 
 @pytest.mark.parametrize("order", [DEALT, PINNED])
@@ -127,7 +129,18 @@ def test_every_fault_is_told(order: BlockOrder, choices: list[int], texts: list[
         assert text in fault
 
 
-def entry_labels(dimension: Dimension) -> list[tuple[int, str | None, int]]:
+@dataclass(frozen=True)
+class Row:
+    """What one row of a dimension is: the entry of its axis, and its place among the entry's rows."""
+
+    part: int
+    axis: str | None
+    entry: int
+    width_axis: str | None
+    place: int
+
+
+def row_labels(dimension: Dimension) -> list[Row]:
     """For each row: its part, axis, and number among the entries of that axis in that part (rows where not elastic)."""
     found = []
     for number, part in enumerate(dimension.parts):
@@ -135,7 +148,8 @@ def entry_labels(dimension: Dimension) -> list[tuple[int, str | None, int]]:
         for _ in range(part.blocks):
             for item in part.items:
                 for _ in range(item.entries):
-                    found.extend([(number, item.axis, counts[item.axis])] * item.width)
+                    entry = counts[item.axis]
+                    found.extend(Row(number, item.axis, entry, item.width_axis, place) for place in range(item.width))
                     counts[item.axis] += 1
     return found
 
@@ -153,9 +167,14 @@ def rank_rows(dimension: Dimension, rank: int, world: int) -> list[int]:
 
 
 def masked_rows(dimension: Dimension, selection: Selection) -> list[int]:
-    """Rows whose entry the axis' own mask keeps."""
-    kept = {axis: kept_entries(FAMILY.orders[axis], size) for axis, size in selection.as_dict().items()}
-    return [row for row, (_, axis, entry) in enumerate(entry_labels(dimension)) if axis is None or entry in kept[axis]]
+    """Rows whose entry the axis' own mask keeps, and whose place in it that of the other axis."""
+    kept = {axis: kept_entries(FAMILY.orders[axis], size) for axis, size in selection.sizes.items()}
+    return [
+        number
+        for number, row in enumerate(row_labels(dimension))
+        if (row.axis is None or row.entry in kept[row.axis])
+        and (row.width_axis is None or row.place in kept[row.width_axis])
+    ]
 
 
 @pytest.mark.parametrize("name", sorted({name.split(".", 3)[-1]: name for name in PARAMETERS}.values()))
@@ -164,17 +183,17 @@ def masked_rows(dimension: Dimension, selection: Selection) -> list[int]:
 def test_segments_are_where_the_masks_are_one(name: str, selection: Selection) -> None:
     for dimension in PARAMETERS[name]:
         expected = masked_rows(dimension, selection)
-        assert indices(dimension.segments(selection.as_dict(), SHAPE.full)) == expected
-        assert dimension.kept_size(selection.as_dict(), SHAPE.full) == len(expected)
+        assert indices(dimension.segments(selection.sizes, SHAPE.full)) == expected
+        assert dimension.kept_size(selection.sizes, SHAPE.full) == len(expected)
         for world in (2, 4):
-            local = indices(dimension.segments(selection.as_dict(), SHAPE.full, world))
+            local = indices(dimension.segments(selection.sizes, SHAPE.full, world))
             shards = [[rank_rows(dimension, rank, world)[row] for row in local] for rank in range(world)]
             joined = sorted({row for shard in shards for row in shard})
             assert joined == expected, f"{name} over {world} ranks"
 
 
 def test_segments_do_not_touch_and_ascend() -> None:
-    selection = Selection(8, 16, 8, 4).as_dict()
+    selection = narrow(hidden=8, ffn=16, mamba_heads=8, mamba_head_dim=1, attention_heads=4).sizes
     for dimensions in PARAMETERS.values():
         for dimension in dimensions:
             segments = dimension.segments(selection, SHAPE.full)
@@ -192,7 +211,7 @@ def random_orders(seed: int) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     return {
         axis: FAMILY.orders[axis].permutation(torch.rand(FAMILY.orders[axis].size, generator=generator))
-        for axis in AXES
+        for axis in FAMILY.orders
     }
 
 
@@ -203,39 +222,55 @@ def test_a_dimension_moves_every_row_with_its_entry(seed: int) -> None:
     for name, dimensions in PARAMETERS.items():
         for dimension in dimensions:
             permutation = dimension.permutation(orders)
-            elastic = any(item.axis for part in dimension.parts for item in part.items)
+            elastic = any(item.axes for part in dimension.parts for item in part.items)
             assert (permutation is not None) == elastic
             if permutation is None:
                 continue
             assert sorted(permutation.tolist()) == list(range(dimension.size))
-            before = entry_labels(dimension)
-            for row, (part, axis, entry) in enumerate(before):
-                old = before[int(permutation[row])]
-                moved = entry if axis is None else int(orders[axis][entry])
-                assert old == (part, axis, moved), f"{name} row {row}"
+            before = row_labels(dimension)
+            for number, row in enumerate(before):
+                entry = row.entry if row.axis is None else int(orders[row.axis][row.entry])
+                place = row.place if row.width_axis is None else int(orders[row.width_axis][row.place])
+                old = before[int(permutation[number])]
+                assert old == replace(row, entry=entry, place=place), f"{name} row {number}"
 
 
-def test_rows_of_one_head_stay_together_and_in_order() -> None:
-    orders = random_orders(3)
-    permutation = FAMILY.layout.inner.permutation(orders)
-    assert permutation is not None
-    rows = permutation.view(SHAPE.mamba_heads, SHAPE.mamba_head_dim)
-    assert torch.equal(rows, orders["mamba_heads"][:, None] * SHAPE.mamba_head_dim + torch.arange(2))
+def mixer(name: str) -> tuple[Dimension, ...]:
+    return PARAMETERS[f"decoder.layers.0.mixer.{name}"]
+
+
+def test_rows_of_one_head_stay_together_in_the_order_of_the_channels() -> None:
+    heads, channels = random_orders(3)["mamba_heads"], torch.tensor([1, 0])
+    (inner,) = mixer("norm.weight")
+    for orders, place in (
+        ({"mamba_heads": heads}, torch.arange(2)),
+        ({"mamba_heads": heads, "mamba_head_dim": channels}, channels),
+    ):
+        permutation = inner.permutation(orders)
+        assert permutation is not None
+        assert torch.equal(permutation.view(12, 2), heads[:, None] * 2 + place)
+
+
+def test_a_channel_is_kept_in_every_head() -> None:
+    (inner,) = mixer("norm.weight")
+    one_channel = narrow(mamba_head_dim=1, mamba_heads=8).sizes
+    # Four groups of three heads of two channels, of which two heads and one channel are left.
+    assert indices(inner.segments(one_channel, SHAPE.full)) == [6 * g + 2 * h for g in range(4) for h in range(2)]
 
 
 def test_mamba_parameters_move_alike() -> None:
     """z, x, dt, the convolution, A_log, the gated norm and out_proj all follow the heads' order; B and C stay."""
     orders = {"mamba_heads": random_orders(5)["mamba_heads"]}
     assert not torch.equal(orders["mamba_heads"], torch.arange(SHAPE.mamba_heads))
-    layout = FAMILY.layout
-    inner, heads = layout.inner.permutation(orders), layout.heads.permutation(orders)
-    packed, conv = layout.zxbcdt.permutation(orders), layout.xbc.permutation(orders)
+    zxbcdt = mixer("in_proj.weight")[0]
+    inner, heads = mixer("norm.weight")[0].permutation(orders), mixer("A_log")[0].permutation(orders)
+    packed, conv = zxbcdt.permutation(orders), mixer("conv1d_bias")[0].permutation(orders)
     assert inner is not None
     assert heads is not None
     assert packed is not None
     assert conv is not None
     assert torch.equal(heads, orders["mamba_heads"])
-    sizes = layout.zxbcdt.part_sizes()
+    sizes = zxbcdt.part_sizes()
     offsets = [sum(sizes[:part]) for part in range(len(sizes))]
     z, x, b, c, dt = (part - offset for part, offset in zip(packed.split(sizes), offsets, strict=True))
     assert torch.equal(z, inner)
@@ -244,15 +279,15 @@ def test_mamba_parameters_move_alike() -> None:
     for fixed in (b, c):
         assert torch.equal(fixed, torch.arange(len(fixed)))
     assert torch.equal(conv, packed[sizes[0] : sum(sizes[:4])] - sizes[0])
-    parameters = layout.parameters()
-    assert parameters["decoder.layers.0.mixer.A_log"] == (layout.heads,)
-    assert parameters["decoder.layers.0.mixer.norm.weight"] == (layout.inner,)
-    assert parameters["decoder.layers.0.mixer.out_proj.weight"] == (layout.hidden, layout.inner)
+    assert mixer("A_log") == mixer("D") == mixer("dt_bias")
+    assert mixer("conv1d_weight")[0] == mixer("conv1d_bias")[0]
+    assert mixer("out_proj.weight") == (FAMILY.layout.hidden, *mixer("norm.weight"))
 
 
 def test_packed_qkv_moves_queries_inside_their_group() -> None:
     order = torch.tensor([1, 0, 2, 3, 5, 4, 6, 7])
-    permutation = FAMILY.layout.qkv.permutation({"attention_heads": order})
+    qkv = PARAMETERS["decoder.layers.2.self_attention.linear_qkv.weight"][0]
+    permutation = qkv.permutation({"attention_heads": order})
     assert permutation is not None
     group = permutation.view(4, 12)  # two query heads, a key and a value head of three channels
     assert group[0].tolist() == [3, 4, 5, 0, 1, 2, *range(6, 12)]
@@ -260,7 +295,7 @@ def test_packed_qkv_moves_queries_inside_their_group() -> None:
 
 
 def test_sorting_one_axis_leaves_the_others() -> None:
-    assert FAMILY.layout.ffn.permutation({"hidden": torch.arange(12)}) is None
+    assert PARAMETERS["decoder.layers.1.mlp.linear_fc1.weight"][0].permutation({"hidden": torch.arange(12)}) is None
     plain = Dimension((Part(1, (Item(None, 5),)),))
     assert plain.permutation(random_orders(1)) is None
-    assert plain.segments(Selection(6, 8, 4, 4).as_dict(), SHAPE.full) == ((0, 5),)
+    assert plain.segments(narrow(hidden=6, ffn=8, mamba_heads=4, attention_heads=4).sizes, SHAPE.full) == ((0, 5),)

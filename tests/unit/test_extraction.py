@@ -18,7 +18,7 @@ from tests.unit import small_parent as parent
 
 SHAPE, LAYOUT = parent.SHAPE, parent.LAYOUT
 FULL = Selection.from_dict(SHAPE.full)
-HALF = Selection(hidden=7, ffn=8, mamba_heads=4, attention_heads=2)
+HALF = Selection(hidden=7, ffn=8, mamba_heads=4, mamba_head_dim=2, attention_heads=2)
 FAMILY = Metadata(
     kind="family", shape=SHAPE, ffn_blocks=parent.BLOCKS, flags=parent.FLAGS,
     choices={"hidden": (12, 7), "ffn": (16, 8), "mamba_heads": (8, 4), "attention_heads": (8, 2)},
@@ -71,7 +71,7 @@ def test_every_parameter_keeps_its_entries(tmp_path):
         assert torch.equal(new[name], expected), name
         assert new[name].numel() < tensor.numel(), name
     assert count == sum(tensor.numel() for tensor in new.values())
-    assert count == cost_model.parameters(SHAPE, HALF.as_dict()) != cost_model.parameters(SHAPE, SHAPE.full)
+    assert count == cost_model.parameters(SHAPE, HALF.sizes) != cost_model.parameters(SHAPE, SHAPE.full)
 
 
 def test_the_full_selection_is_the_parent(tmp_path):
@@ -97,11 +97,11 @@ def test_cutting_with_orders_is_sorting_then_cutting(tmp_path):
 
 
 def test_smaller_budgets_are_nested_in_larger_ones():
-    small, large = HALF, Selection(hidden=10, ffn=12, mamba_heads=6, attention_heads=6)
+    small, large = HALF, Selection(hidden=10, ffn=12, mamba_heads=6, mamba_head_dim=2, attention_heads=6)
     for name, dimensions in LAYOUT.parameters().items():
         for dimension in dimensions:
             rows = [
-                {row for a, b in dimension.segments(s.as_dict(), SHAPE.full) for row in range(a, b)}
+                {row for a, b in dimension.segments(s.sizes, SHAPE.full) for row in range(a, b)}
                 for s in (small, large)
             ]
             assert rows[0] <= rows[1], name
@@ -110,13 +110,13 @@ def test_smaller_budgets_are_nested_in_larger_ones():
 def test_extracted_checkpoint_describes_itself(tmp_path):
     parent.write(tmp_path / "family", parent.weights(), metadata=FAMILY)
     found = extract_budget(tmp_path / "family", "p50", tmp_path / "p50")
-    cost = cost_model.parameters(SHAPE, HALF.as_dict())
+    cost = cost_model.parameters(SHAPE, HALF.sizes)
     assert found == {
         "budget": "p50", "parameters": cost, "selection": HALF.as_dict(), "checkpoint": str(tmp_path / "p50")
     }  # fmt: skip
     said = read_metadata(find_checkpoint(tmp_path / "p50"))
     assert (said.kind, said.budget, said.iteration, said.ffn_blocks) == ("extracted", "p50", 30, 4)
-    assert said.shape == dataclasses.replace(SHAPE, **HALF.as_dict())
+    assert said.shape == dataclasses.replace(SHAPE, **HALF.sizes)
     assert said.flags == {
         **parent.FLAGS, "hidden-size": 7, "ffn-hidden-size": 8, "num-attention-heads": 2, "mamba-num-heads": 4,
         "make-vocab-size-divisible-by": 1,

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 
-from megatron_elastic.axes import AXES
 from megatron_elastic.budget import Selection
 from megatron_elastic.config import Recipe, Stage, load_recipe
 from megatron_elastic.cost_model import forward_flops_per_token
@@ -41,7 +40,7 @@ def metadata(recipe: Recipe, *selections: Selection) -> Metadata:
 
 
 def smallest(recipe: Recipe) -> Selection:
-    return Selection.from_dict({axis: recipe.family.choices[axis][-1] for axis in AXES})
+    return recipe.family.select({axis: choices[-1] for axis, choices in recipe.family.choices.items()})
 
 
 def test_a_soft_step_runs_every_student_at_full_width(metrics: Any, recipe: Recipe) -> None:
@@ -55,7 +54,7 @@ def test_a_soft_step_runs_every_student_at_full_width(metrics: Any, recipe: Reci
 def test_a_sampled_step_runs_the_teacher_and_a_budget(metrics: Any, recipe: Recipe) -> None:
     shape, small = recipe.family.shape, smallest(recipe)
     drawn, kept = dataclasses.replace(recipe, budget_mode="sampled"), (recipe.family.full, small, small)
-    full, narrow = (forward_flops_per_token(shape, s.as_dict(), 64) for s in (recipe.family.full, small))
+    full, narrow = (forward_flops_per_token(shape, s.sizes, 64) for s in (recipe.family.full, small))
     found = metrics.joint_flops_per_token(drawn, metadata(recipe, *kept), 64, (0.4, 0.3, 0.3))
     assert found == pytest.approx(full + 3 * (0.4 * full + 0.6 * narrow))
     assert found < metrics.joint_flops_per_token(recipe, metadata(recipe, *kept), 64)
@@ -67,7 +66,7 @@ def test_a_sliced_step_is_cheaper(metrics: Any, recipe: Recipe) -> None:
     all_full = metrics.joint_flops_per_token(recipe, metadata(recipe, *[recipe.family.full] * 3), 64)
     sliced = metrics.joint_flops_per_token(recipe, metadata(recipe, recipe.family.full, small, small), 64)
     assert all_full == soft
-    saved = forward_flops_per_token(shape, shape.full, 64) - forward_flops_per_token(shape, small.as_dict(), 64)
+    saved = forward_flops_per_token(shape, shape.full, 64) - forward_flops_per_token(shape, small.sizes, 64)
     assert soft - sliced == 2 * 3 * saved > 0
 
 

@@ -9,10 +9,9 @@ import pytest
 from megatron_elastic.budget import UNITS, Budget, Selection
 from megatron_elastic.cost_model import Deployment
 from megatron_elastic.family import Family
-from megatron_elastic.planning import nearest, propose, restricted
+from megatron_elastic.planning import default_family, figures, nearest, propose, restricted
 from tests.unit import published
 from tests.unit.test_cost_model import CHOICES, SHAPE, TABLE
-from tests.unit.test_published_sizes import skipped_layers
 
 FAMILY = Family(
     shape=SHAPE,
@@ -86,36 +85,29 @@ def test_an_axis_can_be_held() -> None:
     assert {each.skipped for each in found} == {(2, 5)}
 
 
-def nano_9b() -> Family:
-    """The 9B with the 4B's axes; the ranking is one that ends where the published depth does."""
-    shape = published.shape("nemotron_nano_v2_9b")
-    skipped = skipped_layers(shape.pattern, published.shape("nemotron_3_nano_4b").pattern)
-    return Family(
-        shape=shape,
-        ffn_blocks=8,
-        choices={
-            "hidden": tuple(range(4480, 2239, -448)),
-            "ffn": tuple(range(15680, 7839, -784)),
-            "mamba_heads": tuple(range(128, 63, -8)),
-            "mamba_head_dim": (80,),
-            "attention_heads": (40,),
-            "depth": tuple(range(56, 41, -2)),
-        },
-        depth_ranking=skipped,
-        budgets=(Budget("9b", 1.0), Budget("4b", 0.447)),
-    )
+def test_choices_without_a_recipe() -> None:
+    family = default_family(published.shape("nemotron_nano_v2_12b"), (1.0, 0.5))
+    assert family.choices["hidden"] == tuple(range(5120, 2559, -128))
+    assert family.choices["ffn"] == tuple(range(20480, 10239, -512))
+    assert family.choices["mamba_heads"] == tuple(range(128, 63, -8))
+    assert (family.choices["mamba_head_dim"], family.choices["attention_heads"]) == ((80,), (40,))
+    assert family.choices["depth"] == (62,)
+    moe = default_family(published.shape("nemotron_3_nano_30b_a3b"), (1.0,)).choices
+    assert moe["experts"] == tuple(range(128, 63, -8))
+    assert moe["expert_ffn"] == (1856, *range(1792, 927, -128))
+    # Of any size: they start whole, descend, and are what the blocks allow.
+    for shape in (SHAPE, *(published.shape(name) for name in published.NAMES)):
+        family = default_family(shape, (1.0,))
+        for axis, order in family.orders.items():
+            assert order.faults(family.choices[axis]) == []
+        assert all(size >= shape.top_k for size in family.choices.get("experts", (shape.top_k,)))
+    assert len(family.choices["experts"]) > 1
 
 
-def test_the_published_4b_is_proposed() -> None:
-    family = nano_9b()
-    found = [each.submodel(family.shape) for each in propose(family, 3.97e9, count=10, tolerance=0.002)]
-    assert published.shape("nemotron_3_nano_4b") in found
-    assert published.shape("nemotron_nano_v2_9b") not in found
-    # Its axes are narrowed by 0.70, 0.80 and 0.75: at its own depth nothing is more balanced.
-    at_its_depth = propose(restricted(family, {"depth": 42}), 3.97e9, count=10, tolerance=0.002)
-    assert at_its_depth[0].submodel(family.shape) == published.shape("nemotron_3_nano_4b")
-
-
-def test_depths_that_nobody_ranked_are_left_out() -> None:
-    unranked = replace(nano_9b(), depth_ranking=())
-    assert {each.skipped for each in propose(unranked, 3.97e9, count=10, tolerance=0.002)} == {()}
+def test_figures_are_whole_numbers() -> None:
+    place = Deployment(1, 16, 8, "nvfp4")
+    found = figures(replace(FAMILY, deployment=place), FAMILY.full)
+    assert all(isinstance(value, int) for value in found.values())
+    assert found["parameters"] == FAMILY.full_cost("parameters")
+    assert found["memory_bytes"] < figures(FAMILY, FAMILY.full)["memory_bytes"]
+    assert set(found) == {"parameters", "active_parameters", "memory_bytes", "flops_per_token"}

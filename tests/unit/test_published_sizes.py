@@ -1,6 +1,7 @@
 """The cost formula against published models, `transformers`' own modules and modelopt's count."""
 
-from itertools import pairwise
+from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,8 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_elastic.budget import Selection
+from megatron_elastic.config import load_recipe
 from megatron_elastic.cost_model import parameters
 from megatron_elastic.layout import ModelShape
+from megatron_elastic.planning import propose, restricted
 from tests.unit import published
 
 # Total and active parameters as modelopt 0.47.0's `mcore_param_count` gives them, and as published, in billions.
@@ -102,37 +105,48 @@ def test_transformers_has_as_many_parameters_at_any_size(shape: ModelShape) -> N
     assert transformers_count(raw) == parameters(shape, shape.full)
 
 
-def skipped_layers(parent: str, kept: str) -> tuple[int, ...]:
-    """Layers to skip so that the parent's pattern becomes `kept`: keeps the first of each kind that fits."""
-    skipped, left = [], list(kept)
-    for number, kind in enumerate(parent):
-        if left and left[0] == kind:
-            left.pop(0)
-        else:
-            skipped.append(number)
-    assert not left, "not a subsequence"
-    return tuple(skipped)
+RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 
 
 def test_the_published_4b_is_a_selection_of_the_9b() -> None:
     large, small = published.shape("nemotron_nano_v2_9b"), published.shape("nemotron_3_nano_4b")
-    skipped = skipped_layers(large.pattern, small.pattern)
-    assert len(skipped) == 56 - 42
-    selection = Selection(
-        hidden=3136, ffn=12544, mamba_heads=96, mamba_head_dim=80, attention_heads=40, skipped=skipped
-    )
+    family = load_recipe(RECIPES / "nemotron_nano_v2_9b_to_4b.yaml").family
+    assert family.shape == large
+    kept = {"hidden": 3136, "ffn": 12544, "mamba_heads": 96, "mamba_head_dim": 80, "attention_heads": 40, "depth": 42}
+    selection = family.select(kept)
     assert selection.submodel(large) == small
-    gates = selection.gates(len(large.pattern))
-    assert parameters(large, selection.sizes, gates) == SIZES["nemotron_3_nano_4b"][0]
-    # Its 4 attention layers are all kept, and the layers left out are no block.
-    assert all(large.pattern[number] != "*" for number in skipped)
-    assert any(b - a > 1 for a, b in pairwise(skipped))
-    assert parameters(large, selection.sizes, None) != SIZES["nemotron_3_nano_4b"][0]
+    assert family.selection_cost(selection) == SIZES["nemotron_3_nano_4b"][0]
+    # Its four attention layers are all kept.
+    assert len(selection.skipped) == 56 - 42
+    assert all(large.pattern[number] != "*" for number in selection.skipped)
+    # `plan --target 3.97e9` lists it, and with its depth held nothing is more balanced.
+    found = propose(family, 3.97e9, count=5, tolerance=0.005)
+    assert selection in found
+    assert propose(restricted(family, {"depth": 42}), 3.97e9, tolerance=0.005) == [selection]
+    wider = family.select({**kept, "depth": 44})
+    assert wider not in found
+    assert wider.submodel(large) != small
 
 
-def test_the_12b_is_not_cut_to_the_9b_by_width_alone() -> None:
+def test_nothing_near_without_depth() -> None:
+    family = load_recipe(RECIPES / "nemotron_nano_v2_9b_to_4b.yaml").family
+    whole = propose(restricted(family, {"depth": 56}), 3.97e9, count=5)
+    assert all(each.submodel(family.shape).pattern != published.shape("nemotron_3_nano_4b").pattern for each in whole)
+
+
+def test_depths_that_nobody_ranked_are_left_out() -> None:
+    family = replace(load_recipe(RECIPES / "nemotron_nano_v2_9b_to_4b.yaml").family, depth_ranking=())
+    assert {each.skipped for each in propose(family, 3.97e9, count=10, tolerance=0.005)} == {()}
+
+
+def test_the_9b_is_a_selection_of_the_12b_in_sizes_and_depth() -> None:
     large, small = published.shape("nemotron_nano_v2_12b"), published.shape("nemotron_nano_v2_9b")
-    skipped = skipped_layers(large.pattern, small.pattern)
+    # Every published layer has its place: the first of its kind that follows the one before.
+    kept, start = [], 0
+    for kind in small.pattern:
+        kept.append(large.pattern.index(kind, start))
+        start = kept[-1] + 1
+    skipped = tuple(number for number in range(len(large.pattern)) if number not in kept)
     selection = Selection(
         hidden=4480, ffn=15680, mamba_heads=128, mamba_head_dim=80, attention_heads=40, skipped=skipped
     )

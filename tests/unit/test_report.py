@@ -12,9 +12,10 @@ import yaml
 from megatron_elastic import report as reports
 from megatron_elastic.checkpoint import LazyTensor, write_checkpoint
 from megatron_elastic.config import load_recipe
-from megatron_elastic.cost_model import nearest, parameters
+from megatron_elastic.cost_model import parameters
 from megatron_elastic.errors import CheckpointError, ElasticError
 from megatron_elastic.metadata import Metadata
+from megatron_elastic.planning import nearest
 from megatron_elastic.report.checks import gap_closed
 from megatron_elastic.report.events import read_scalars
 
@@ -37,7 +38,7 @@ def run(tmp_path: Path) -> Path:
     (tmp_path / "recipe.yaml").write_text(RECIPE.read_text("utf-8"))
     recipe = load_recipe(tmp_path / "recipe.yaml")
     family = recipe.family
-    kept = [nearest(family.shape, family.choices, budget.fraction)[0] for budget in family.budgets]
+    kept = [nearest(family, budget.fraction, budget.unit) for budget in family.budgets]
     described = Metadata(
         kind="family",
         shape=family.shape,
@@ -67,7 +68,7 @@ def write_evaluations(folder: Path, family: Metadata) -> None:
 
     put("parent", LOSSES["parent"], parameters(family.shape, family.shape.full))
     for budget in family.budgets:
-        count = parameters(family.shape, family.selection_of(budget.name).as_dict())
+        count = parameters(family.shape, family.selection_of(budget.name).sizes)
         put(f"family-{budget.name}", LOSSES[budget.name], count)
         put(f"extracted-{budget.name}", LOSSES[budget.name], count)
         put(f"untrained-{budget.name}", 5.0, count)

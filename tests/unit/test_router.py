@@ -11,13 +11,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_elastic.axes import AXES
 from megatron_elastic.budget import Selection
-from megatron_elastic.cost_model import parameters
+from megatron_elastic.family import Family
 from megatron_elastic.masks import one_hot
 from megatron_elastic.router import RouterConfig, gumbel_noise
-from tests.unit.small_family import FAMILY, SHAPE
-from tests.unit.small_router import CONFIG, PARENT, make
+from tests.unit.small_family import AXES, FAMILY, VARIED, narrow
+from tests.unit.small_router import CONFIG, PARENT, cost, make
+
+SMALL = narrow(hidden=8, ffn=16, mamba_heads=8, attention_heads=4)
+SMALLEST = FAMILY.select({axis: FAMILY.choices[axis][-1] for axis in AXES})
 
 
 def noise(size: int = 4, **coordinates: Any) -> Tensor:
@@ -115,22 +117,23 @@ def test_the_papers_values_are_the_defaults() -> None:
 # Probabilities.
 
 
+@pytest.mark.parametrize("family", [FAMILY, VARIED], ids=["homogeneous", "heterogeneous"])
 @pytest.mark.parametrize("step", [0, 25, 49, 80])
-def test_probabilities_sum_to_one(step: int) -> None:
-    router = make()
+def test_probabilities_sum_to_one(step: int, family: Family) -> None:
+    router = make(family)
     for budget in range(3):
         for axis in AXES:
             made = router.probabilities(budget, axis, step)
-            assert made.shape == (len(FAMILY.choices[axis]),)
+            assert made.shape == (family.uses(axis), len(FAMILY.choices[axis]))
             # fp32 softmax of at most five numbers.
-            assert made.sum().item() == pytest.approx(1.0, abs=1e-6)
+            assert made.sum(1).tolist() == pytest.approx([1.0] * family.uses(axis), abs=1e-6)
 
 
 def test_the_full_budget_is_pinned() -> None:
     router = make()
     for axis in AXES:
         made = router.probabilities(0, axis, 3)
-        assert made.tolist() == [1.0] + [0.0] * (len(FAMILY.choices[axis]) - 1)
+        assert made.tolist() == [[1.0] + [0.0] * (len(FAMILY.choices[axis]) - 1)]
         assert not made.requires_grad
         assert router.probabilities(1, axis, 3).requires_grad
     assert [router.pinned(budget) for budget in range(3)] == [True, False, False]
@@ -139,37 +142,68 @@ def test_the_full_budget_is_pinned() -> None:
 def test_noise_can_be_left_out() -> None:
     router = make()
     quiet = router.probabilities(1, "ffn", 3, noise=False)
-    assert torch.equal(quiet, torch.softmax(router.logits(1, "ffn", 3) / CONFIG.temperature_at(3), dim=-1))
+    assert torch.equal(quiet, torch.softmax(router.logits({1: 1.0}, "ffn", 3) / CONFIG.temperature_at(3), dim=-1))
     assert not torch.allclose(quiet, router.probabilities(1, "ffn", 3))
 
 
 def test_budgets_and_axes_have_nets_of_their_own() -> None:
     router = make()
-    assert not torch.allclose(router.logits(1, "ffn", 0), router.logits(2, "ffn", 0))
+    assert not torch.allclose(router.logits({1: 1.0}, "ffn", 0), router.logits({2: 1.0}, "ffn", 0))
     (gradient,) = torch.autograd.grad(
-        router.logits(1, "ffn", 0).sum(), router.nets["hidden"][0].weight, allow_unused=True
+        router.logits({1: 1.0}, "ffn", 0).sum(), router.nets["hidden"][0].weight, allow_unused=True
     )
     assert gradient is None
+
+
+def test_layers_that_choose_for_themselves_do() -> None:
+    router = make(VARIED)
+    made = router.probabilities(1, "ffn", 3)
+    assert not torch.allclose(made[0], made[1])
+    quiet = router.probabilities(1, "ffn", 3, noise=False)
+    assert not torch.allclose(quiet[0], quiet[1])
+
+
+def test_a_homogeneous_budget_makes_one_choice_for_all_layers() -> None:
+    budgets = (*FAMILY.budgets[:2], dataclasses.replace(FAMILY.budgets[2], heterogeneous=False))
+    router = make(dataclasses.replace(VARIED, budgets=budgets))
+    for noise in (True, False):
+        made = router.probabilities(2, "ffn", 3, noise=noise)
+        assert torch.equal(made[0], made[1])
+        other = router.probabilities(1, "ffn", 3, noise=noise)
+        assert not torch.allclose(other[0], other[1])
+    # What every layer says counts.
+    weight = router.nets["ffn"][2].weight
+    (gradient,) = torch.autograd.grad(router.probabilities(2, "ffn", 3)[0, 0], weight)
+    assert (gradient.view(2, 4, -1).abs().sum((1, 2)) > 0).all()
 
 
 # Cost and penalty.
 
 
 def certain(selection: Selection) -> dict[str, Tensor]:
-    return one_hot(selection, FAMILY.choices)
+    return one_hot(selection, FAMILY)
 
 
 def test_the_expected_cost_at_one_hot_is_the_cost() -> None:
     router = make()
-    for selection in (FAMILY.full, Selection(8, 16, 8, 4), Selection(6, 8, 4, 4)):
+    for selection in (FAMILY.full, SMALL, SMALLEST):
         for budget, target in enumerate(FAMILY.budgets):
-            share = parameters(SHAPE, selection.as_dict()) / (target.fraction * PARENT)
+            share = cost(selection) / (target.fraction * PARENT)
             # Sizes are exact; one division in fp64.
             assert router.expected_cost(budget, certain(selection)).item() == pytest.approx(share, rel=1e-14)
 
 
+def test_the_expected_cost_knows_layers_that_differ() -> None:
+    selection = dataclasses.replace(narrow(ffn=(8, 24), mamba_heads=(12, 4), hidden=10), skipped=FAMILY.skipped(4))
+    assert make(VARIED).expected_cost(0, one_hot(selection, VARIED)).item() == pytest.approx(
+        cost(selection) / PARENT, rel=1e-14
+    )
+    other = dataclasses.replace(selection, ffn=(24, 8), mamba_heads=(4, 12))  # one of its Mamba layers is skipped
+    assert cost(other) != cost(selection)
+
+
 def test_the_penalty_is_the_deviation_outside_its_dead_zone() -> None:
-    small, strict = Selection(8, 16, 8, 4), make(dead_zone=0.0)
+    small, strict = SMALL, make(dead_zone=0.0)
     deviation = abs(strict.expected_cost(1, certain(small)).item() - 1)
     assert deviation > 0.1
     assert strict.penalty(1, certain(small)).item() == pytest.approx(deviation)
@@ -178,12 +212,12 @@ def test_the_penalty_is_the_deviation_outside_its_dead_zone() -> None:
     assert strict.penalty(0, certain(FAMILY.full)).item() == 0.0
 
 
-@pytest.mark.parametrize(("selection", "sign"), [(FAMILY.full, 1), (Selection(6, 8, 4, 4), -1)])
+@pytest.mark.parametrize(("selection", "sign"), [(FAMILY.full, 1), (SMALLEST, -1)])
 def test_the_penalty_pushes_towards_the_target(selection: Selection, sign: int) -> None:
     made = {axis: p.requires_grad_() for axis, p in certain(selection).items()}
     make().penalty(1, made).backward()  # type: ignore[no-untyped-call]
     for axis in AXES:
         assert made[axis].grad is not None
         # The larger the choice, the more its probability costs: wanted above the target, unwanted below.
-        order = (made[axis].grad * sign).argsort(descending=True)
+        order = (made[axis].grad[0] * sign).argsort(descending=True)
         assert order.tolist() == list(range(len(FAMILY.choices[axis])))

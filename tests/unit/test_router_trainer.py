@@ -8,12 +8,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from megatron_elastic.axes import AXES
 from megatron_elastic.budget import Selection
-from megatron_elastic.cost_model import parameters, selections
+from megatron_elastic.family import Family
 from megatron_elastic.router import RouterTrainer
-from tests.unit.small_family import FAMILY, SHAPE
-from tests.unit.small_router import PARENT, WEIGHTS, make, table_router
+from tests.unit.small_family import AXES, FAMILY, VARIED, every_selection, narrow
+from tests.unit.small_router import PARENT, WEIGHTS, cost, make, table_router
+
+ROWS = len(WEIGHTS) * len(AXES)
 
 
 def kd_gradients(budgets: int = 3) -> Tensor:
@@ -25,8 +26,8 @@ def backward(trainer: RouterTrainer, step: int, seed: int = 1) -> None:
     for budget in range(3):
         for number, axis in enumerate(AXES):
             leaf = trainer.leaves(step, budget)[axis]
-            row = torch.randn(3 * len(AXES), 5, generator=torch.Generator().manual_seed(seed))
-            (leaf * row[budget * len(AXES) + number, : len(leaf)]).sum().backward()  # type: ignore[no-untyped-call]
+            row = torch.randn(ROWS, 5, generator=torch.Generator().manual_seed(seed))
+            (leaf * row[budget * len(AXES) + number, : leaf.size(1)]).sum().backward()  # type: ignore[no-untyped-call]
 
 
 def test_leaves_are_made_once_a_step() -> None:
@@ -47,13 +48,14 @@ def test_the_loss_reaches_every_axis_net(axis: str) -> None:
     for gradient in torch.autograd.grad(trainer.loss(3, kd_gradients()), list(net.parameters())):
         assert gradient.abs().sum() > 0
     # Without gradients of the KD loss and without penalty there is nothing to learn from.
-    for gradient in torch.autograd.grad(trainer.loss(3, torch.zeros(12, 5)), list(net.parameters())):
+    for gradient in torch.autograd.grad(trainer.loss(3, torch.zeros(ROWS, 5)), list(net.parameters())):
         assert gradient.abs().sum() == 0
 
 
-def test_the_loss_is_the_kd_loss_to_first_order() -> None:
+@pytest.mark.parametrize("family", [FAMILY, VARIED], ids=["homogeneous", "heterogeneous"])
+def test_the_loss_is_the_kd_loss_to_first_order(family: Family) -> None:
     """Its gradient is that of a KD loss which is a function of the probabilities, penalty and weights included."""
-    router = make(penalty=0.7)
+    router = make(family, penalty=0.7)
     trainer = RouterTrainer(router, WEIGHTS)
 
     def kd() -> Tensor:
@@ -61,7 +63,8 @@ def test_the_loss_is_the_kd_loss_to_first_order() -> None:
         for budget in range(3):
             for number, axis in enumerate(AXES):
                 made = trainer.leaves(3, budget)[axis] if leaves else router.probabilities(budget, axis, 3)
-                total = total + (made.double() * (number + 1.5 * budget)).sin().sum()
+                factor = number + 1.5 * budget + torch.arange(len(made))[:, None]
+                total = total + (made.double() * factor).sin().sum()
         return total
 
     leaves = True
@@ -75,8 +78,8 @@ def test_the_loss_is_the_kd_loss_to_first_order() -> None:
         penalties = penalties + weight * 0.7 * router.penalty(budget, made)
     want = torch.autograd.grad(kd() + penalties, list(router.parameters()))
     for a, b in zip(got, want, strict=True):
-        # fp32 sums of five products.
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
+        # The leaves' gradients are fp32, and softmax subtracts them from their mean: some tens of roundings of the largest.
+        torch.testing.assert_close(a, b, rtol=0.0, atol=5e-6 * b.abs().max().item())
     assert not torch.allclose(got[0], torch.autograd.grad(kd(), next(router.parameters()))[0], rtol=1e-3)
 
 
@@ -130,7 +133,7 @@ def test_reduce_divides_by_the_tokens() -> None:
     assert pending is not None
     assert trainer._pending is not None
     assert torch.equal(pending, 2 * trainer._pending)
-    assert pending.shape == (3 * len(AXES), max(map(len, FAMILY.choices.values())))
+    assert pending.shape == (ROWS, max(map(len, FAMILY.choices.values())))
 
 
 def test_commit_works_where_gradients_are_off() -> None:
@@ -176,14 +179,14 @@ def test_state_restores_the_run() -> None:
 def test_training_lowers_the_loss() -> None:
     """With a KD gradient that favours a small `ffn` and a penalty that forbids being small everywhere."""
     router = make(std=0.1, warmup=1, penalty=5.0)
-    trainer, gradients = RouterTrainer(router, WEIGHTS), torch.zeros(12, 5)
+    trainer, gradients = RouterTrainer(router, WEIGHTS), torch.zeros(ROWS, 5)
     for budget in (1, 2):
-        gradients[budget * 4 + AXES.index("ffn"), 0] = 1.0
+        gradients[budget * len(AXES) + AXES.index("ffn"), 0] = 1.0
     for step in range(50):
         trainer.leaves(step, 1)
         trainer._pending = gradients
         trainer.commit()
-    assert router.probabilities(1, "ffn", 49, noise=False)[0] < 0.05
+    assert router.probabilities(1, "ffn", 49, noise=False)[0, 0] < 0.05
     assert abs(router.expected_cost(1, {a: router.probabilities(1, a, 49, noise=False) for a in AXES}) - 1) < 0.05
 
 
@@ -192,8 +195,7 @@ def test_training_lowers_the_loss() -> None:
 
 def within(budget: int, tolerance: float = 0.02) -> list[Selection]:
     target = FAMILY.budgets[budget].fraction * PARENT
-    every = selections(FAMILY.choices)
-    return [s for s in every if abs(parameters(SHAPE, s.as_dict()) / target - 1) <= tolerance]
+    return [s for s in every_selection() if abs(cost(s) / target - 1) <= tolerance]
 
 
 def test_the_most_probable_is_decided_where_it_meets_the_target() -> None:
@@ -204,7 +206,7 @@ def test_the_most_probable_is_decided_where_it_meets_the_target() -> None:
 
 
 def test_a_most_probable_one_off_the_target_is_not() -> None:
-    medium = Selection(6, 8, 4, 4)
+    medium = narrow(hidden=6, ffn=8, mamba_heads=4, attention_heads=4)
     assert medium not in within(1)
     decided = table_router(FAMILY.full, medium, medium).decide(49)
     assert decided[1] in within(1)
@@ -219,7 +221,8 @@ def test_the_next_probable_within_the_target_is_taken() -> None:
     found = router.decide(49)[1]
 
     def agreement(selection: Selection) -> int:
-        return sum(selection.as_dict()[axis] == wrong.as_dict()[axis] for axis in AXES)
+        same = (getattr(selection, axis) == getattr(wrong, axis) for axis in (*AXES[:-1], "skipped"))
+        return sum(same)
 
     assert agreement(found) == max(map(agreement, within(1)))
 
@@ -251,5 +254,5 @@ def test_without_a_selection_within_the_tolerance_the_nearest_is_taken() -> None
     decided = make(tolerance=0.0).decide(49)
     for budget in (1, 2):
         target = FAMILY.budgets[budget].fraction
-        distance = {s: abs(parameters(SHAPE, s.as_dict()) / PARENT - target) for s in selections(FAMILY.choices)}
+        distance = {s: abs(cost(s) / PARENT - target) for s in every_selection()}
         assert distance[decided[budget]] == min(distance.values())

@@ -8,7 +8,7 @@ import torch
 from megatron_elastic.checkpoint import find_checkpoint, parameters, read_common, read_metadata, read_parameter
 from megatron_elastic.errors import CheckpointError
 from megatron_elastic.importance.scores import Scores
-from megatron_elastic.layout import Layout
+from megatron_elastic.layout import Layout, ModelShape
 from megatron_elastic.metadata import Metadata
 from megatron_elastic.sorting import Orders, orders_from_scores, random_orders, sort_checkpoint
 from tests.unit import small_parent as parent
@@ -18,22 +18,28 @@ SHAPE, LAYOUT = parent.SHAPE, parent.LAYOUT
 
 def scores(**changed):
     generator = torch.Generator().manual_seed(4)
-    values = {axis: torch.rand(size, generator=generator) for axis, size in SHAPE.full.items()}
-    layers = {0: "mamba_heads", 1: "ffn", 2: "attention_heads"}
-    made = {number: {axis: changed.get(axis, values[axis])} for number, axis in layers.items()}
-    return Scores(changed.get("hidden", values["hidden"]), made)
+    values = {axis: torch.rand(size, generator=generator) for axis, size in SHAPE.full.items()} | changed
+    layers = {0: ("mamba_heads", "mamba_head_dim"), 1: ("ffn",), 2: ("attention_heads",)}
+    made = {number: {axis: values[axis] for axis in axes} for number, axes in layers.items()}
+    return Scores(values["hidden"], made)
 
 
-def sort(source, out, orders):
-    sort_checkpoint(source, out, shape=SHAPE, ffn_blocks=parent.BLOCKS, flags=parent.FLAGS, orders=orders)
+def sort(source, out, orders, shape=SHAPE, **other):
+    sort_checkpoint(source, out, shape=shape, ffn_blocks=parent.BLOCKS, flags=parent.FLAGS, orders=orders, **other)
     return find_checkpoint(out)
 
 
 def test_orders_rank_heads_inside_their_group_and_deal_neurons_over_blocks():
     heads = torch.tensor([1.0, 4, 2, 3, 9, 7, 8, 6])
-    found = orders_from_scores(LAYOUT, scores(mamba_heads=heads, attention_heads=heads, ffn=torch.arange(16.0)))
+    found = orders_from_scores(
+        LAYOUT,
+        scores(
+            mamba_heads=heads, attention_heads=heads, ffn=torch.arange(16.0), mamba_head_dim=torch.tensor([0.5, 0.7])
+        ),
+    )
     assert found.layers[0]["mamba_heads"].tolist() == [1, 3, 2, 0, 4, 6, 5, 7]
     assert found.layers[2]["attention_heads"].tolist() == [1, 3, 2, 0, 4, 6, 5, 7]
+    assert found.layers[0]["mamba_head_dim"].tolist() == [1, 0]
     # 4 blocks of 4: the best neuron (15) opens block 0, the second (14) block 1, the fifth (11) is second in block 0.
     assert found.layers[1]["ffn"].tolist() == [15, 11, 7, 3, 14, 10, 6, 2, 13, 9, 5, 1, 12, 8, 4, 0]
 
@@ -61,7 +67,7 @@ def test_scores_of_another_parent_are_refused(changed, message):
 
 def test_scores_of_another_pattern_are_refused():
     other = Layout(dataclasses.replace(SHAPE, pattern="MM*"), parent.BLOCKS)
-    with pytest.raises(CheckpointError, match="layer 1, ffn: not in the parent; layer 1, mamba_heads: missing"):
+    with pytest.raises(CheckpointError, match="layer 1, ffn: not in the parent; layer 1, mamba_head_dim: missing"):
         orders_from_scores(other, scores())
 
 
@@ -83,7 +89,7 @@ def by_hand(name, old, orders):
     hidden = orders.hidden
     short = name.split(".", 3)[-1] if name.startswith("decoder.layers") else name
     m, f, a = (orders.layers[n][axis].tolist() for n, axis in enumerate(("mamba_heads", "ffn", "attention_heads")))
-    inner = [2 * head + d for head in m for d in range(2)]
+    inner = [2 * head + d for head in m for d in orders.layers[0]["mamba_head_dim"].tolist()]
     states = list(range(12))  # B and C: 2 groups of 3, both untouched
     context = [3 * head + d for head in a for d in range(3)]
     # A KV group's 18 rows: 4 query heads of 3, then its key and its value.
@@ -111,7 +117,7 @@ def by_hand(name, old, orders):
 def test_every_parameter_is_permuted_along_every_axis(tmp_path):
     old = parent.weights()
     parent.write(tmp_path / "parent", old)
-    orders = orders_from_scores(LAYOUT, scores())
+    orders = orders_from_scores(LAYOUT, scores(mamba_head_dim=torch.tensor([1.0, 2.0])))
     path = sort(tmp_path / "parent", tmp_path / "sorted", orders)
     assert set(parameters(path)) == set(old)
     for name, tensor in old.items():
@@ -136,8 +142,10 @@ def test_sorting_is_undone_by_the_inverse_orders(tmp_path):
 
 def test_sorted_checkpoint_describes_itself_and_starts_anew(tmp_path):
     parent.write(tmp_path / "parent", parent.weights())
-    path = sort(tmp_path / "parent", tmp_path / "sorted", random_orders(LAYOUT, 0))
-    assert read_metadata(path) == Metadata(kind="sorted", shape=SHAPE, ffn_blocks=parent.BLOCKS, flags=parent.FLAGS)
+    path = sort(tmp_path / "parent", tmp_path / "sorted", random_orders(LAYOUT, 0), depth_ranking=[2, 0, 1])
+    assert read_metadata(path) == Metadata(
+        kind="sorted", shape=SHAPE, ffn_blocks=parent.BLOCKS, flags=parent.FLAGS, depth_ranking=(2, 0, 1)
+    )
     args = read_common(path)["args"]
     assert (args.hidden_size, args.lr) == (12, 0.1)
     assert (args.iteration, args.consumed_train_samples) == (0, 0)
@@ -173,3 +181,56 @@ def test_a_taken_folder_is_refused(tmp_path):
     with pytest.raises(CheckpointError, match="exists already"):
         sort(tmp_path / "parent", tmp_path / "parent", random_orders(LAYOUT, 0))
     assert sorted(tmp_path.rglob("*")) == before
+
+
+EXPERTS = ModelShape(
+    pattern="E", vocab=10, hidden=6, experts=4, expert_ffn=8, shared_expert_ffn=4, top_k=2, expert_bias=True
+)
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_every_expert_has_an_order_of_its_own(tmp_path, gated):
+    shape = dataclasses.replace(EXPERTS, gated=gated)
+    layout = Layout(shape, parent.BLOCKS, 2)
+    old = parent.weights(layout)
+    parent.write(tmp_path / "parent", old, layout=layout)
+    orders = random_orders(layout, 5)
+    path = sort(tmp_path / "parent", tmp_path / "sorted", orders, shape, expert_blocks=2)
+    assert read_metadata(path).expert_blocks == 2
+    experts, neurons = orders.layers[0]["experts"], orders.layers[0]["expert_ffn"]
+    assert neurons.shape == (4, 8)
+    assert not torch.equal(neurons[0], neurons[1])
+    read = {name: read_parameter(path, name) for name in old}
+    mlp, hidden = "decoder.layers.0.mlp.", orders.hidden
+    for name in ("router.weight", "router.expert_bias"):
+        expected = old[mlp + name][experts]
+        assert torch.equal(read[mlp + name], expected[:, hidden] if expected.dim() > 1 else expected)
+    shared = orders.layers[0]["shared_expert_ffn"]
+    assert torch.equal(
+        read[mlp + "shared_experts.linear_fc2.weight"], old[mlp + "shared_experts.linear_fc2.weight"][hidden][:, shared]
+    )
+    for place, expert in enumerate(experts.tolist()):
+        rows = neurons[expert]
+        rows_in = torch.cat([rows, rows + 8]) if gated else rows
+        fc1, fc2 = (mlp + f"experts.experts.linear_fc{n}.weight" for n in (1, 2))
+        assert torch.equal(read[fc1][place], old[fc1][expert][rows_in][:, hidden])
+        assert torch.equal(read[fc2][place], old[fc2][expert][hidden][:, rows])
+        # By another expert's order it would not be.
+        assert not torch.equal(read[fc2][place], old[fc2][expert][hidden][:, neurons[expert - 1]])
+
+
+def test_experts_are_dealt_over_their_blocks_and_neurons_over_theirs():
+    layout, generator = Layout(EXPERTS, parent.BLOCKS, 2), torch.Generator().manual_seed(1)
+    made = {
+        "experts": torch.tensor([3.0, 9, 1, 5]),
+        "expert_ffn": torch.rand(4, 8, generator=generator),
+        "shared_expert_ffn": torch.rand(4, generator=generator),
+    }
+    found = orders_from_scores(layout, Scores(torch.rand(6), {0: made})).layers[0]
+    # 2 blocks of 2: the best expert (1) opens block 0, the second (3) block 1.
+    assert found["experts"].tolist() == [1, 0, 3, 2]
+    for expert in range(4):
+        ranked = made["expert_ffn"][expert].argsort(descending=True).tolist()
+        assert found["expert_ffn"][expert].tolist() == [ranked[i] for i in (0, 4, 1, 5, 2, 6, 3, 7)]
+    with pytest.raises(CheckpointError, match=r"layer 0, expert_ffn: \(8,\) scores, the parent has 4 x 8 entries"):
+        orders_from_scores(layout, Scores(torch.rand(6), {0: {**made, "expert_ffn": torch.rand(8)}}))

@@ -42,10 +42,27 @@ def test_no_token_is_counted_twice_in_short_data(data):
 
 def test_batches_hold_every_window_in_order(data):
     text = CalibrationText(data, samples=5, sequence_length=6, vocab=100)
-    batches = list(text.batches(2))
-    assert [tuple(batch.shape) for batch in batches] == [(2, 6), (2, 6), (1, 6)]
+    batches = [text.tokens(batch) for batch in text.batches(2)]
+    assert sorted(tuple(batch.shape) for batch in batches) == [(1, 6), (2, 6), (2, 6)]
     assert batches[0].dtype == torch.int64
     assert torch.cat(batches).tolist() == [text.window(number).tolist() for number in range(5)]
+
+
+@pytest.mark.parametrize("samples", range(1, 17))
+@pytest.mark.parametrize("size", [1, 2, 3, 20])
+@pytest.mark.parametrize("ranks", [1, 2, 3, 5])
+def test_ranks_share_the_windows_in_equally_many_batches(data, samples, size, ranks):
+    text = CalibrationText(data, samples=samples, sequence_length=6, vocab=100)
+    if samples < ranks:
+        with pytest.raises(CorpusError, match=f"{samples} calibration samples for {ranks} data-parallel ranks"):
+            text.batches(size, 0, ranks)
+        return
+    dealt = [text.batches(size, rank, ranks) for rank in range(ranks)]
+    assert [number for mine in dealt for batch in mine for number in batch] == list(range(samples))
+    assert len({len(mine) for mine in dealt}) == 1
+    sizes = [len(batch) for mine in dealt for batch in mine]
+    assert min(sizes) >= 1
+    assert max(sizes) <= size + (samples % ranks > 0)
 
 
 def test_unusable_data_is_refused(data, tmp_path):

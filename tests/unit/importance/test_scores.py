@@ -4,21 +4,27 @@ import pytest
 import torch
 
 from megatron_elastic.errors import CheckpointError
-from megatron_elastic.importance.scores import Scores, SequenceNorms, mamba_head_scores
+from megatron_elastic.importance.accumulators import SequenceNorms
+from megatron_elastic.importance.scores import DepthRanking, Scores, mamba_scores
 from tests.unit.small_parent import SHAPE
 
+DEPTH = DepthRanking("iterative", (2, 0, 1), ({0: 0.5, 1: 0.7, 2: 0.1}, {0: 0.6, 1: 0.9}), 6, 9)
 CALIBRATION = {"samples": 4, "sequence_length": 7, "data": "corpus/train", "checkpoint": "parent", "seed": None}
 
 
 def scores():
+    def drawn(size: int) -> torch.Tensor:
+        return torch.rand(size, dtype=torch.float64)
+
     return Scores(
         torch.arange(12, dtype=torch.float64),
         {
-            0: {"mamba_heads": torch.rand(8, dtype=torch.float64)},
-            1: {"ffn": torch.rand(16, dtype=torch.float64)},
-            2: {"attention_heads": torch.rand(8, dtype=torch.float64)},
+            0: {"mamba_heads": drawn(8), "mamba_head_dim": drawn(2)},
+            1: {"ffn": drawn(16)},
+            2: {"attention_heads": drawn(8)},
         },
         CALIBRATION,
+        DEPTH,
     )
 
 
@@ -54,8 +60,15 @@ def test_nothing_seen_is_an_error():
         SequenceNorms().value()
 
 
-def test_mamba_heads_join_their_channels():
-    assert mamba_head_scores(torch.tensor([3.0, 4, 0, 0, 5, 12]), 3).tolist() == [5, 0, 13]
+def test_mamba_heads_share_channels_and_are_judged_by_the_best_of_them():
+    channels = torch.tensor([[3.0, 4, 0], [0, 0, 8], [5, 12, 0]])
+    whole = mamba_scores(channels, 3)
+    assert whole["mamba_head_dim"].tolist() == pytest.approx([34**0.5, 160**0.5, 8])
+    assert whole["mamba_heads"].tolist() == [5, 8, 13]
+    # The best channel of all heads together is the second: by it alone the second head says nothing.
+    assert mamba_scores(channels, 1)["mamba_heads"].tolist() == [4, 0, 12]
+    assert mamba_scores(channels, 2)["mamba_heads"].tolist() == [4, 8, 12]
+    assert mamba_scores(channels, 2)["mamba_head_dim"].tolist() == whole["mamba_head_dim"].tolist()
 
 
 def test_saved_and_loaded_are_the_same(tmp_path):
@@ -64,7 +77,11 @@ def test_saved_and_loaded_are_the_same(tmp_path):
     loaded = Scores.load(tmp_path / "new" / "scores.pt")
     assert torch.equal(loaded.hidden, saved.hidden)
     assert loaded.calibration == CALIBRATION
-    assert {n: [*axes] for n, axes in loaded.layers.items()} == {0: ["mamba_heads"], 1: ["ffn"], 2: ["attention_heads"]}
+    assert {n: sorted(axes) for n, axes in loaded.layers.items()} == {
+        0: ["mamba_head_dim", "mamba_heads"], 1: ["ffn"], 2: ["attention_heads"],
+    }  # fmt: skip
+    assert loaded.depth == DEPTH
+    assert [DEPTH.score(number) for number in DEPTH.order] == [0.1, 0.6, 0.9]
     assert all(torch.equal(loaded.layers[n][axis], t) for n, axes in saved.layers.items() for axis, t in axes.items())
     assert loaded.faults(SHAPE) == []
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["scores.pt"]
@@ -102,9 +119,10 @@ def test_files_of_something_else_are_refused(tmp_path):
     torch.save({"weight": torch.zeros(2)}, path)
     with pytest.raises(CheckpointError, match="a file of something else"):
         Scores.load(path)
-    torch.save({"schema": 9, "hidden": torch.zeros(2), "layers": {}, "calibration": {}}, path)
-    with pytest.raises(CheckpointError, match="schema 9"):
-        Scores.load(path)
+    for schema in (1, 9):
+        torch.save({"schema": schema, "hidden": torch.zeros(2), "layers": {}, "calibration": {}}, path)
+        with pytest.raises(CheckpointError, match=f"schema {schema}, this version reads 2: make it with"):
+            Scores.load(path)
     with pytest.raises(CheckpointError, match="cannot be read"):
         Scores.load(tmp_path)
 
@@ -112,10 +130,15 @@ def test_files_of_something_else_are_refused(tmp_path):
 def test_faults_name_what_does_not_fit():
     made = scores()
     assert made.faults(SHAPE) == []
-    short = Scores(made.hidden[:3], {0: {"ffn": torch.zeros(16)}, 1: made.layers[1]})
+    short = Scores(
+        made.hidden[:3],
+        {0: {"ffn": torch.zeros(16), "mamba_head_dim": torch.zeros(2)}, 1: made.layers[1]},
+        depth=DepthRanking("one-shot", (1, 0), ({0: 0.5, 1: 0.1},), 3, 4),
+    )
     assert short.faults(SHAPE) == [
         "layer 0, ffn: not in the parent",
         "layer 0, mamba_heads: missing",
         "layer 2, attention_heads: missing",
         "hidden: (3,) scores, the parent has 12 entries",
+        "depth: an order of 2 layers, the parent has 3",
     ]

@@ -1,0 +1,168 @@
+"""The elastic mixture-of-experts layer: routed experts, their neurons, the shared expert and hidden channels narrowed.
+
+Routed experts run one after the other on core's dispatchers; those of a rank that are cut run on no token and no
+neuron, so that their weights report a gradient, as data parallelism with overlap asks of every weight.
+"""
+
+import torch
+from megatron.core import tensor_parallel
+from megatron.core.ssm.mlp_layer import MLPLayer
+from megatron.core.transformer.moe.experts import SequentialMLP
+from megatron.core.transformer.moe.moe_layer import MoELayer
+from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
+from torch import Tensor
+
+from megatron_elastic.axes import Segments
+from megatron_elastic.errors import ElasticError
+from megatron_elastic.family import LayerPlan
+from megatron_elastic.layers.mlp import neurons
+from megatron_elastic.layers.moe_role import MoeRole
+from megatron_elastic.layers.recompute import normed
+from megatron_elastic.masks import Masks
+
+FC1, FC2 = "mlp.experts.experts.linear_fc1.weight", "mlp.experts.experts.linear_fc2.weight"
+SHARED_FC1, SHARED_FC2 = "mlp.shared_experts.linear_fc1.weight", "mlp.shared_experts.linear_fc2.weight"
+
+
+class ElasticExperts(SequentialMLP):
+    """The routed experts of this rank, one after the other."""
+
+    def forward(  # type: ignore[override]
+        self,
+        tokens: Tensor,
+        tokens_per_expert: Tensor,
+        probs: Tensor,
+        *,
+        mask: Tensor | None = None,
+        plan: LayerPlan | None = None,
+    ) -> tuple[Tensor, None]:
+        """Args:
+            tokens: sorted by expert, `[tokens, kept hidden]`.
+            tokens_per_expert: `[experts of this rank]`; 0 for those that the plan cuts.
+            probs: combine weight of each token, `[tokens]`.
+            mask: soft mask of every expert's neurons, `[expert_ffn / expert TP]`.
+            plan: slice to run instead.
+
+        Returns:
+            `[tokens, kept hidden]`, weighted, and None.
+        """
+        counts = tokens_per_expert.tolist()
+        outputs = []
+        for number, (expert, x, scale) in enumerate(
+            zip(self.local_experts, tokens.split(counts), probs.split(counts), strict=True)
+        ):
+            fc1, fc2 = (None, None) if plan is None else _segments_of_expert(plan, number)
+            outputs.append(neurons(expert, x, mask=mask, scale=scale, fc1=fc1, fc2=fc2))
+        return torch.cat(outputs), None
+
+
+def _segments_of_expert(
+    plan: LayerPlan, number: int
+) -> tuple[tuple[Segments | None, ...], tuple[Segments | None, ...]]:
+    """Kept rows and columns of one expert's two weights: no neuron where the expert itself is cut."""
+    experts, rows, hidden = plan.segments[FC1]
+    _, outputs, columns = plan.segments[FC2]
+    if experts is not None and not any(start <= number < stop for start, stop in experts):
+        rows = columns = ()
+    return (rows, hidden), (outputs, columns)
+
+
+class ElasticSharedExpert(SharedExpertMLP):
+    """The expert that every token goes to."""
+
+    def forward(  # type: ignore[override]
+        self, hidden_states: Tensor, *, mask: Tensor | None = None, plan: LayerPlan | None = None
+    ) -> Tensor:
+        """`[s, b, kept hidden]` -> the same shape; `mask` `[shared_expert_ffn / TP]`, or a plan to run instead."""
+        segments = {} if plan is None else plan.segments
+        return neurons(self, hidden_states, mask=mask, fc1=segments.get(SHARED_FC1), fc2=segments.get(SHARED_FC2))
+
+
+class ElasticMoE(MoELayer):
+    """Router, dispatcher, routed experts and shared expert on all neurons, with masks, or on a slice of them."""
+
+    def forward(  # type: ignore[override]
+        self,
+        hidden_states: Tensor,
+        *,
+        masks: Masks | None = None,
+        plan: LayerPlan | None = None,
+        role: MoeRole | None = None,
+    ) -> Tensor:
+        """Args:
+            hidden_states: normalised input, `[s, b, kept hidden]`.
+            masks: of this layer.
+            plan: slice to run instead.
+            role: of this microbatch; None counts its tokens.
+
+        Returns:
+            `[s, b, kept hidden]`.
+
+        Raises:
+            ElasticError: in training with tensor parallelism and without sequence parallelism.
+        """
+        if self.training and self.attn_tp_group.size() > 1 and not self.config.sequence_parallel:
+            raise ElasticError(
+                "MoE layers train with tensor parallelism only together with --sequence-parallel: add it"
+            )
+        role = MoeRole(count_tokens=True, loss_weight=1.0) if role is None else role
+        of = {} if masks is None else masks.axes
+        dispatcher = self.token_dispatcher
+
+        def run(x: Tensor, experts: Tensor | None, ffn: Tensor | None, shared_ffn: Tensor | None) -> Tensor:
+            probs, routing = self.router(
+                x,
+                mask=experts,
+                segments=None if plan is None else plan.segments["mlp.router.weight"],
+                count_tokens=role.count_tokens,
+                loss_weight=role.loss_weight,
+            )
+            tokens, probs = dispatcher.dispatch_preprocess(x, routing, probs)
+            tokens, probs = dispatcher.token_dispatch(tokens, probs)
+            routed, _ = self.experts(*dispatcher.dispatch_postprocess(tokens, probs), mask=ffn, plan=plan)
+            routed = dispatcher.token_combine(dispatcher.combine_preprocess(routed))
+            out: Tensor = dispatcher.combine_postprocess(routed)
+            return out if self.shared_experts is None else out + self._shared(x, shared_ffn, plan)
+
+        arguments = hidden_states, of.get("experts"), of.get("expert_ffn"), of.get("shared_expert_ffn")
+        if not self.moe_layer_recompute or not self.training:
+            return run(*arguments)
+        recomputed: Tensor = tensor_parallel.checkpoint(run, False, *arguments)
+        return recomputed
+
+    def _shared(self, x: Tensor, mask: Tensor | None, plan: LayerPlan | None) -> Tensor:
+        def run(x: Tensor, mask: Tensor | None) -> Tensor:
+            out: Tensor = self.shared_experts(x, mask=mask, plan=plan)
+            return out
+
+        if not self.shared_experts_recompute or not self.training:
+            return run(x, mask)
+        recomputed: Tensor = tensor_parallel.checkpoint(run, False, x, mask)
+        return recomputed
+
+
+class ElasticMoELayer(MLPLayer):
+    """Residual MoE layer on a masked or sliced residual stream."""
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        *,
+        masks: Masks | None,
+        plan: LayerPlan | None,
+        rotary_pos_emb: Tensor | None = None,
+        documents: Tensor | None = None,
+        moe: MoeRole | None = None,
+    ) -> Tensor:
+        """`[s, b, kept hidden]` -> the same shape. `rotary_pos_emb` and `documents` are not used."""
+        segments = None if plan is None else plan.segments["pre_mlp_layernorm.weight"]
+
+        def norm(x: Tensor, width: Tensor | None) -> Tensor:
+            return self.pre_mlp_layernorm(x, width=width, segments=segments)
+
+        def body(x: Tensor) -> Tensor:
+            return self.mlp(x, masks=masks, plan=plan, role=moe)
+
+        width = None if masks is None else masks.hidden.sum()
+        out = normed(norm, body, hidden_states, width, recompute=self.recompute_pre_mlp_layernorm and self.training)
+        return hidden_states + (out if masks is None else out * masks.residual)
