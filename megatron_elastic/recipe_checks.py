@@ -116,7 +116,8 @@ def saved_per_token(shape: ModelShape, kind: str, ranks: Ranks, sequence_paralle
     tokens. A sum over the tensors that the formulas need, not a measurement.
     """
     hidden = shape.hidden / (ranks.tp if sequence_parallel else 1)
-    full, outer = shape.full, 2 * hidden  # the residual and its norm's output
+    full: Mapping[str, int] = shape.full
+    outer = 2 * hidden  # the residual and its norm's output
     if kind == "M":
         inner = full["mamba_heads"] * shape.mamba_head_dim
         states = 2 * shape.mamba_groups * shape.mamba_state
@@ -242,9 +243,8 @@ def run_facts(recipe: Recipe, gpus: int | None = None) -> dict[str, Any]:
         while "E" in recipe.family.shape.pattern and gpus % (pp * ranks.ep * ranks.etp):
             gpus += ranks.copy
     faults, warnings = layout_faults(recipe, ranks, gpus), list[str]()
-    used = flags.get("fp8-format") or flags.get("fp8")
     scaling = str(flags.get("fp8-recipe", "delayed"))
-    if used:
+    if flags.get("fp8-format"):
         faults += [f"fp8 ({scaling}): {fault}" for fault in tile_faults(recipe, ranks, FP8_TILES.get(scaling, 16))]
     else:
         for tile, what in ((16, "FP8 GEMMs"), (128, "FP8 blockwise scaling")):

@@ -38,6 +38,7 @@ LEVELS = {
     "model": 5,
     "batch": 6,
     "distillation": 6,
+    "parents": 6,
     "schedule": 6,
     "forward_step": 7,
     "loss_checks": 7,
@@ -47,6 +48,8 @@ LEVELS = {
 }
 # Beside the trunk: the highest trunk level that each may import; nothing in the trunk imports them.
 BESIDE = {
+    "asked": 4,
+    "dry_run": 7,
     "corpus": 4,
     "documents": 4,
     "extraction": 4,
@@ -71,7 +74,8 @@ TORCH_ONLY = {name for name, level in LEVELS.items() if level <= 4} | {
     "sorting",
 }
 TORCH_ONLY_PACKAGES = {"torch", "numpy", "yaml"} | set(sys.stdlib_module_names)
-TRAINING_IMPORTERS = {"training", "forward_step", "loss_checks", "metrics", "evaluation", "importance", "standalone"}
+TRAINING_IMPORTERS = {"training", "dry_run"}
+TRAINING_IMPORTERS |= {"forward_step", "loss_checks", "metrics", "evaluation", "importance", "standalone"}
 TRAINING_IMPORTERS |= ENGINE
 # The model's configuration and builder are registered under megatron.training.models: that part is open to the model.
 MODELS_IMPORTERS = {"model"}
