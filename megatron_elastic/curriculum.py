@@ -48,11 +48,19 @@ class Evaluation:
 
 @dataclass(frozen=True, kw_only=True)
 class Calibration:
-    """Text for importance scores: `samples` sequences of `sequence_length` tokens from the training data."""
+    """Text for importance scores: `samples` sequences of `sequence_length` tokens from the training data.
+
+    Attributes:
+        samples: for the scores of widths.
+        sequence_length: tokens.
+        batch_size: sequences that run together.
+        depth_samples: for the order of the layers, which keeps what enters every layer in host memory.
+    """
 
     samples: int = 1024
     sequence_length: int = 8192
     batch_size: int = 8
+    depth_samples: int = 256
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -311,6 +311,9 @@ def to_argv(flags: Mapping[str, Any]) -> list[str]:
     for flag, value in flags.items():
         if value is False or value is None:
             continue
+        if str(value).startswith("-"):  # argparse would take it for a flag: a pattern may begin with an MLP
+            argv.append(f"--{flag}={value}")
+            continue
         argv.append(f"--{flag}")
         if isinstance(value, list | tuple):
             argv.extend(str(item) for item in value)

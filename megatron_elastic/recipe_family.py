@@ -147,9 +147,9 @@ def _budget(raw: Any, name: str, family: Family | None, faults: list[str]) -> Bu
             faults.append(f"{name}.{key}: {value!r} must be a number (write 6.0e+9, YAML reads 6e9 as text)")
     if unit == "latency" and family is not None and family.latency is None:
         faults.append(f"{name}.unit: latency needs a table of what was measured: elastic.latency_table: FILE")
-    if len(faults) > before or family is None:
+    if len(faults) > before or (family is None and "fraction" not in raw):
         return None
-    fraction = raw["fraction"] if "fraction" in raw else raw["target"] / family.full_cost(unit)
+    fraction = raw["fraction"] if family is None or "fraction" in raw else raw["target"] / family.full_cost(unit)
     return Budget(str(raw["name"]), float(fraction), unit, raw.get("heterogeneous", True))
 
 

@@ -129,7 +129,7 @@ class Router(torch.nn.Module):
                     if parameter.dim() == 2:
                         parameter.normal_(0.0, config.std, generator=generator)
             self.nets[axis] = net
-        # A router of a family without any choice has no parameter to ask for its device.
+        # A router of a family without any choice has no parameter to ask for its device and dtype.
         self.register_buffer("anchor", torch.zeros(()), persistent=False)
         self.anchor: Tensor
 
@@ -150,7 +150,7 @@ class Router(torch.nn.Module):
             axis: with more than one choice.
             step: optimizer step.
         """
-        vector = torch.zeros(len(self.budgets), device=self.device)
+        vector = self.anchor.new_zeros(len(self.budgets))
         for budget, weight in mix.items():
             vector[budget] = weight
         found: Tensor = self.nets[axis](vector).view(self.family.uses(axis), -1) * self.config.scale_at(step)
@@ -162,7 +162,7 @@ class Router(torch.nn.Module):
     def _soft(self, mix: Mapping[int, float], axis: str, step: int, noise: int | None) -> Tensor:
         uses = self.family.uses(axis)
         if len(self.choices[axis]) == 1:
-            return torch.ones(uses, 1, device=self.device)
+            return self.anchor.new_ones(uses, 1)
         logits = self.logits(mix, axis, step)
         if noise is not None:
             apart = self.budgets[noise].heterogeneous
@@ -178,7 +178,7 @@ class Router(torch.nn.Module):
     def probabilities(self, budget: int, axis: str, step: int, *, noise: bool = True) -> Tensor:
         """Gumbel-softmax probabilities, `[uses, choices]` (eq 11); certain of the full size where it is pinned."""
         if self.pinned(budget):
-            full = torch.zeros(self.family.uses(axis), len(self.choices[axis]), device=self.device)
+            full = self.anchor.new_zeros(self.family.uses(axis), len(self.choices[axis]))
             full[:, 0] = 1.0
             return full
         return self._soft({budget: 1.0}, axis, step, budget if noise else None)
@@ -313,7 +313,7 @@ class RouterTrainer:
         for budget in range(len(self.router.budgets)):
             for axis in self.router.choices:
                 leaf = self._leaves.get(budget, {}).get(axis)
-                block = torch.zeros(self.router.family.uses(axis), width, device=self.router.device)
+                block = self.router.anchor.new_zeros(self.router.family.uses(axis), width)
                 if leaf is not None and leaf.grad is not None:
                     block[:, : leaf.size(1)] = leaf.grad
                     leaf.grad = None

@@ -26,14 +26,13 @@ def _skip(layer: Any, x: Tensor) -> Tensor:
     """A layer that is not run, as its owners see it: its weights were gathered, and get a gradient of nothing.
 
     Data-parallel ranks may run different budgets. Their buckets must be gathered and reduced in one order all the
-    same, so the hooks that start a gather run here too, and every weight reports.
+    same, so the hooks that start a gather run here too (without gradients also: so does recompute's first forward), and
+    every weight reports.
     """
-    if not torch.is_grad_enabled():
-        return x
     for module in layer.modules():
         for hook in tuple(module._forward_pre_hooks.values()):
             hook(module, ())
-    return unused(x, *layer.parameters())
+    return unused(x, *layer.parameters()) if torch.is_grad_enabled() else x
 
 
 class ElasticStack(LocalHybridStack):

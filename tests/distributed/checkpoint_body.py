@@ -150,7 +150,9 @@ def check_stock_loading(root: Path) -> None:
         )
         cut(
             root / "whole-parent", folder, shape=parent.SHAPE, ffn_blocks=parent.BLOCKS, flags=parent.FLAGS,
-            selection=Selection.from_dict({**SHAPE.full, "hidden": 15, "ffn": 20, "mamba_heads": 6, "attention_heads": 2}),
+            selection=Selection.from_dict(
+                {**parent.SHAPE.full, "hidden": 15, "ffn": 20, "mamba_heads": 6, "attention_heads": 2}
+            ),
         )  # fmt: skip
     torch.distributed.barrier()
     described = checkpoint.read_metadata(checkpoint.find_checkpoint(folder))

@@ -84,7 +84,8 @@ def config(shape: ModelShape = SHAPE, *, dtype: torch.dtype = torch.float64, **o
         **{
             "num_layers": len(shape.pattern), "hidden_size": shape.hidden, "ffn_hidden_size": sizes["ffn"],
             "num_attention_heads": sizes["attention_heads"], "num_query_groups": shape.query_groups,
-            "kv_channels": shape.head_dim, "mamba_num_heads": sizes["mamba_heads"], "mamba_head_dim": sizes["mamba_head_dim"],
+            "kv_channels": shape.head_dim,
+            "mamba_num_heads": sizes["mamba_heads"], "mamba_head_dim": sizes["mamba_head_dim"],
             "mamba_num_groups": shape.mamba_groups, "mamba_state_dim": shape.mamba_state, "is_hybrid_model": True,
             "normalization": "RMSNorm", "add_bias_linear": False, "activation_func": squared_relu,
             "hidden_dropout": 0.0, "attention_dropout": 0.0, "attention_softmax_in_fp32": False, "params_dtype": dtype,
@@ -230,7 +231,7 @@ def kept_entries(layout: Layout, name: str, selection: Selection) -> list[Tensor
 
 
 def submodel_names(layout: Layout, selection: Selection) -> dict[str, str]:
-    """Name of a parent's parameter -> its name in the submodel, whose layers are numbered anew; skipped ones have none."""
+    """Name of a parent's parameter -> its name in the submodel: layers are numbered anew, skipped ones have none."""
     left = [number for number in range(len(layout.shape.pattern)) if number not in selection.skipped]
     found = {}
     for name in layout.parameters():

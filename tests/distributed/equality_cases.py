@@ -227,7 +227,7 @@ def _final_norm_over_full_width(model: Any) -> Callable[[], None]:
 def _other_columns(model: Any, name: str) -> Callable[[], None]:
     """A sliced weight takes the last entries instead of the first."""
     plan = model.decoder.plans.of(chosen_selections()["smallest"])
-    plan = next((each for each in (plan, *plan.layers) if name in each.segments))
+    plan = next(each for each in (plan, *plan.layers) if name in each.segments)
     right = plan.segments[name]
     size = kit.SHAPE.hidden
     moved = tuple(

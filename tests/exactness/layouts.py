@@ -65,6 +65,9 @@ LAYOUTS: dict[str, Layout] = {
     "DP2, overlapped reduction": Layout(2, overlap=True),
     "DP2, distributed optimizer": Layout(2, distributed_optimizer=True),
     "DP2, distributed optimizer, both overlaps": Layout(2, distributed_optimizer=True, overlap=True),
+    "DP2, distributed optimizer, both overlaps, full recompute": Layout(
+        2, distributed_optimizer=True, overlap=True, config=FULL
+    ),
     "TP2 PP2 SP": Layout(4, tp=2, pp=2, config=SP),
     "TP2 PP2 VPP2 SP": Layout(4, tp=2, pp=2, vp=2, config=SP),
     "TP2 CP2 SP": Layout(4, tp=2, cp=2, config=SP),

@@ -172,6 +172,11 @@ def reference(mode: str, micro: int, dtype: torch.dtype) -> dict[str, Any]:
 
 
 def chosen(router: Router, step: int) -> Tensor:
-    """What the router would decide now, `[budgets, axes and layers]`."""
+    """What the router would decide now: every size of every layer, and which are kept, `[budgets, numbers]`."""
     layers = len(SHAPE.pattern)
-    return torch.tensor([[*s.sizes.values(), *s.gates(layers)] for s in router.decide(step)])
+    return torch.tensor(
+        [
+            [*(size for number in range(layers) for size in s.layer(SHAPE.pattern, number).values()), *s.gates(layers)]
+            for s in router.decide(step)
+        ]
+    )

@@ -38,7 +38,7 @@ class SilentLog:
 
 
 def count_runs(chunks: list[Any]) -> Counter[str]:
-    """Counts how often the students' parts run from now on, replays included: `mlp`, `layernorm`."""
+    """Counts how often parts of layers that every student runs do so from now on, replays too: `mlp`, `layernorm`."""
     found: Counter[str] = Counter()
 
     def count(what: str) -> Callable[..., None]:
@@ -46,7 +46,8 @@ def count_runs(chunks: list[Any]) -> Counter[str]:
 
     for chunk in chunks:
         for layer in chunk.decoder.layers:
-            if hasattr(layer, "pre_mlp_layernorm") and hasattr(layer.mlp, "linear_fc1"):
+            left_out = any(layer.layer_number - 1 in selection.skipped for selection in sizes.SELECTIONS)
+            if hasattr(layer, "pre_mlp_layernorm") and hasattr(layer.mlp, "linear_fc1") and not left_out:
                 layer.pre_mlp_layernorm.register_forward_hook(count("layernorm"))
                 layer.mlp.register_forward_hook(count("mlp"))
     return found
@@ -82,7 +83,7 @@ def run(mode: str, layout: Layout, *, faulty: bool = False) -> dict[str, Any]:
     state = FamilyState(description, trainer)
     recipe: Any = SimpleNamespace(family=sizes.FAMILY, temperature=1.0, budget_mode=mode.split()[0])
     log: Any = SilentLog()
-    step = JointStep(recipe, state, sizes.WEIGHTS, log)
+    step = JointStep(recipe, state, sizes.STAGE, log)
     if faulty:
         router.config = RouterConfig(**{**vars(router.config), "check_interval": 0})
     config = chunks[0].config
@@ -162,9 +163,8 @@ def steps(mode: str, layout: Layout, step: JointStep, wrapped: list[Any], optimi
         # What the router's step will see, before it is made.
         if number == sizes.FIRST:
             router = trainer.router
-            made = [
-                {axis: router.probabilities(b, axis, number) for axis in sizes.FAMILY.axes} for b in range(len(sizes.WEIGHTS))
-            ]
+            axes, budgets = sizes.FAMILY.axes, range(len(sizes.WEIGHTS))
+            made = [{axis: router.probabilities(b, axis, number) for axis in axes} for b in budgets]
             found["penalty"] = torch.stack([router.penalty(b, p) for b, p in enumerate(made)]).detach()
             found["selections"] = small.chosen(router, number)
         optimizer.step()

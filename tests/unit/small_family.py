@@ -54,7 +54,6 @@ def selections() -> st.SearchStrategy[Selection]:
 
 def varied_selections() -> st.SearchStrategy[Selection]:
     """Any selection that the heterogeneous family's choices allow, whatever layers it skips."""
-    uses = {axis: st.tuples(*[st.sampled_from(VARIED.choices[axis])] * VARIED.uses(axis)) for axis in VARIED.heterogeneous}
-    others = {axis: st.sampled_from(VARIED.choices[axis]) for axis in AXES if axis not in (*VARIED.heterogeneous, "depth")}
+    sizes = {axis: st.tuples(*[st.sampled_from(VARIED.choices[axis])] * VARIED.uses(axis)) for axis in SHAPE.full}
     skipped = st.sets(st.sampled_from(range(LAYERS)), max_size=LAYERS - 1).map(lambda found: tuple(sorted(found)))
-    return st.fixed_dictionaries({**uses, **others, "skipped": skipped}).map(Selection.from_dict)
+    return st.fixed_dictionaries({**sizes, "skipped": skipped}).map(Selection.from_dict)

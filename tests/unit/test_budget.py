@@ -11,8 +11,9 @@ from megatron_elastic.budget import Budget, Selection
 SIZED = AXES[:-1]
 """Axes of which a selection keeps a number of entries: all but `depth`, of which it skips layers."""
 LARGE = Selection(
-    hidden=12, ffn=32, mamba_heads=12, mamba_head_dim=4, attention_heads=8, experts=8, expert_ffn=16, shared_expert_ffn=16
-)
+    hidden=12, ffn=32, mamba_heads=12, mamba_head_dim=4, attention_heads=8,
+    experts=8, expert_ffn=16, shared_expert_ffn=16,
+)  # fmt: skip
 
 
 def test_fields_are_the_axes_in_order() -> None:

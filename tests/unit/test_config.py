@@ -9,6 +9,7 @@ import yaml
 
 from megatron_elastic.config import load_recipe, parse_recipe
 from megatron_elastic.errors import RecipeError
+from tests.unit.small_family import every_selection
 
 RECIPE = Path(__file__).resolve().parents[2] / "recipes" / "quickstart.yaml"
 GOOD = yaml.safe_load(RECIPE.read_text("utf-8"))
@@ -76,12 +77,9 @@ def test_virtual_stages_want_whole_groups_of_microbatches() -> None:
 
 
 def test_every_budget_is_reached_by_several_selections() -> None:
-    from megatron_elastic.cost_model import parameters, selections
-
     family = load_recipe(RECIPE).family
-    whole = parameters(family.shape, family.shape.full)
+    shares = [family.selection_cost(each) / family.full_cost("parameters") for each in every_selection(family)]
     for budget in family.budgets[1:]:
-        shares = [parameters(family.shape, each.as_dict()) / whole for each in selections(family.choices)]
         assert sum(abs(share / budget.fraction - 1) <= 0.02 for share in shares) >= 10
 
 
@@ -95,7 +93,8 @@ def test_every_budget_is_reached_by_several_selections() -> None:
         ({"elastic__budgets__1__colour": 1}, "elastic.budgets[1].colour: unknown key"),
         ({"elastic__evaluation__colour": 1}, "elastic.evaluation.colour: unknown key"),
         ({"elastic__calibration__colour": 1}, "elastic.calibration.colour: unknown key"),
-        ({"elastic__axes__depth": [8]}, "elastic.axes.depth: unknown axis"),
+        ({"elastic__axes__colour": [8]}, "elastic.axes.colour: unknown axis"),
+        ({"elastic__axes__experts": [8]}, "elastic.axes.experts: a parent 'M-M*-M-M*-' has ['hidden', 'ffn'"),
         ({"pretrain__colour": 1}, "pretrain.colour: unknown key"),
         ({"elastic__parent": GONE}, "elastic.parent: required"),
         ({"elastic__teacher": 3}, "elastic.teacher: 3 must be a path"),
@@ -267,7 +266,7 @@ def test_an_unreadable_file_is_a_bad_recipe(tmp_path: Path) -> None:
         load_recipe(tmp_path / "bad.yaml")
 
 
-FULL = {"hidden": 128, "ffn": 384, "mamba_heads": 8, "attention_heads": 8}
+FULL = {"hidden": 128, "ffn": 384, "mamba_heads": 8, "mamba_head_dim": 32, "attention_heads": 8}
 GIVEN = {"p100": {}, "p75": {"ffn": 256, "mamba_heads": 4, "attention_heads": 4}, "p50": {"hidden": 72}}
 
 
@@ -283,7 +282,8 @@ def test_given_selections_need_no_router() -> None:
     [
         ({"p100": {}}, "must give one selection for each of"),
         ({**GIVEN, "p50": {"ffn": 200}}, "elastic.selections.p50.ffn: 200 is none of"),
-        ({**GIVEN, "p50": {"depth": 2}}, "must map axes"),
+        ({**GIVEN, "p50": {"experts": 2}}, "must map axes"),
+        ({**GIVEN, "p50": {"depth": 2}}, "elastic.selections.p50.depth: 2 must be one of [10]"),
         ({**GIVEN, "p100": {"ffn": 256}}, "the largest budget must keep everything"),
         (3, "must give one selection for each of"),
     ],

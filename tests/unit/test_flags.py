@@ -161,7 +161,7 @@ def test_misspelt_flags_are_told(flag: str) -> None:
 
 
 def test_layer_kinds_without_an_elastic_layer_are_refused() -> None:
-    for pattern, kind in (("MG", "G"), ("DM*", "D")):
+    for pattern, kind in (("M-X*", "X"), ("MG", "G"), ("DM*", "D")):
         faults: list[str] = []
         assert model_shape({**GOOD, "hybrid-layer-pattern": pattern}, faults) is None
         assert f"'{kind}'" in faults[0]
@@ -252,3 +252,5 @@ def test_the_vocabulary_is_padded_as_megatron_pads_it() -> None:
 def test_flags_become_a_command_line() -> None:
     flags = {"bf16": True, "fp8": False, "lr": 1e-3, "blend": [1, "a", 2, "b"], "none": None}
     assert to_argv(flags) == ["--bf16", "--lr", "0.001", "--blend", "1", "a", "2", "b"]
+    # What begins like a flag is joined to its own: argparse would take it for another one.
+    assert to_argv({"hybrid-layer-pattern": "-M*"}) == ["--hybrid-layer-pattern=-M*"]

@@ -12,6 +12,7 @@ from megatron_elastic.metadata import CAPACITY, SCHEMA, Metadata
 from tests.unit.small_family import FAMILY, SHAPE, VARIED, narrow
 
 MEDIUM = narrow(hidden=10, ffn=24, mamba_heads=8)
+SMALL = narrow(hidden=8, ffn=16, mamba_heads=8, mamba_head_dim=1, attention_heads=4, depth=4)
 DECIDED = Metadata(
     kind="family",
     shape=SHAPE,
@@ -20,7 +21,7 @@ DECIDED = Metadata(
     choices=dict(FAMILY.choices),
     budgets=FAMILY.budgets,
     depth_ranking=FAMILY.depth_ranking,
-    selections=(FAMILY.full, MEDIUM, narrow(hidden=8, ffn=16, mamba_heads=8, mamba_head_dim=1, attention_heads=4, depth=4)),
+    selections=(FAMILY.full, MEDIUM, SMALL),
     stage=2,
     iteration=70,
 )

@@ -78,7 +78,7 @@ def test_the_loss_is_the_kd_loss_to_first_order(family: Family) -> None:
         penalties = penalties + weight * 0.7 * router.penalty(budget, made)
     want = torch.autograd.grad(kd() + penalties, list(router.parameters()))
     for a, b in zip(got, want, strict=True):
-        # The leaves' gradients are fp32, and softmax subtracts them from their mean: some tens of roundings of the largest.
+        # The leaves' gradients are fp32, and softmax subtracts their mean: some tens of roundings of the largest.
         torch.testing.assert_close(a, b, rtol=0.0, atol=5e-6 * b.abs().max().item())
     assert not torch.allclose(got[0], torch.autograd.grad(kd(), next(router.parameters()))[0], rtol=1e-3)
 
