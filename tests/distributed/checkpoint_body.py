@@ -146,7 +146,7 @@ def check_stock_loading(root: Path) -> None:
         checkpoint.write_checkpoint(
             root / "whole-parent",
             small_parent.stored(parent.weights(), parent.LAYOUT),
-            common={"args": standalone._arguments(parent.FLAGS, torch.float32)},
+            common={"args": standalone._arguments(parent.WHOLE_FLAGS, torch.float32)},
         )
         cut(
             root / "whole-parent", folder, shape=parent.SHAPE, ffn_blocks=parent.BLOCKS, flags=parent.FLAGS,

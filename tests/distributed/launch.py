@@ -2,7 +2,6 @@
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -10,13 +9,6 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-def _free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port: int = found.getsockname()[1]
-        return port
 
 
 def run_ranks(script: str | Path, nproc: int, *args: object, timeout: float = 900) -> str:
@@ -32,7 +24,8 @@ def run_ranks(script: str | Path, nproc: int, *args: object, timeout: float = 90
         What the ranks wrote to stdout and stderr.
     """
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "1", "--nproc-per-node", str(nproc)]
-    command = [*launcher, "--master-addr", "127.0.0.1", "--master-port", str(_free_port())]
+    # Port 0: the launcher's own store takes a free one, and no other process can take it in between.
+    command = [*launcher, "--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0"]
     command += [str(Path(__file__).parent / script), *map(str, args)]
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONPATH": path}

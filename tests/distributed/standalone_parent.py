@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from megatron_elastic.checkpoint import write_checkpoint
-from megatron_elastic.flags import model_shape
+from megatron_elastic.flags import LAYOUT_FLAGS, model_shape
 from megatron_elastic.layout import Layout
 from tests.unit import small_parent
 
@@ -23,6 +23,8 @@ FLAGS = {
     "pipeline-model-parallel-size": 2, "sequence-parallel": True, "use-distributed-optimizer": True, "lr": 1e-3,
     "lr-warmup-iters": 10, "bf16": True,
 }  # fmt: skip
+WHOLE_FLAGS = {flag: value for flag, value in FLAGS.items() if flag not in LAYOUT_FLAGS}
+"""Those of the model alone: on several ranks each holds all of it."""
 SHAPE = model_shape(FLAGS, [])
 assert SHAPE is not None
 LAYOUT = Layout(SHAPE, BLOCKS)
