@@ -9,7 +9,6 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.models.hybrid.hybrid_model import HybridModel
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
@@ -20,6 +19,7 @@ from megatron_elastic.layers.plain import plain_stack_spec
 from megatron_elastic.layers.sized import sized_stack_spec
 from megatron_elastic.layout import LAYER, Layout, ModelShape, layer_number
 from megatron_elastic.model import ElasticHybridModel, ElasticModelBuilder, ElasticModelConfig
+from tests.distributed.groups import make_groups
 
 PATTERN = "M-*M-*-"
 SHAPE = ModelShape(
@@ -101,10 +101,8 @@ def config(shape: ModelShape = SHAPE, *, dtype: torch.dtype = torch.float64, **o
 
 
 def layout_of_ranks(tp: int = 1, pp: int = 1, cp: int = 1) -> None:
-    """Makes the parallel groups anew."""
-    parallel_state.destroy_model_parallel()
-    parallel_state.initialize_model_parallel(tp, pp, context_parallel_size=cp)
-    model_parallel_cuda_manual_seed(7)
+    """The parallel groups of a layout."""
+    make_groups(tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp, context_parallel_size=cp)
 
 
 def split_pattern(pattern: str) -> str:

@@ -12,7 +12,6 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.models.hybrid.hybrid_model import HybridModel
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
@@ -24,6 +23,7 @@ from megatron_elastic.layers.plain import plain_stack_spec
 from megatron_elastic.layers.sized import sized_stack_spec
 from megatron_elastic.layout import Layout, ModelShape, Size
 from megatron_elastic.model import ElasticHybridModel, ElasticModelBuilder, ElasticModelConfig
+from tests.distributed.groups import make_groups
 
 EXPERT_BLOCKS = 2
 CHOICES = {
@@ -96,12 +96,13 @@ def largest(size: Size) -> int:
 
 
 def layout_of_ranks(tp: int = 1, ep: int = 1, etp: int | None = None, cp: int = 1) -> None:
-    """Makes the parallel groups anew."""
-    parallel_state.destroy_model_parallel()
-    parallel_state.initialize_model_parallel(
-        tp, 1, context_parallel_size=cp, expert_model_parallel_size=ep, expert_tensor_parallel_size=etp
+    """The parallel groups of a layout."""
+    make_groups(
+        tensor_model_parallel_size=tp,
+        context_parallel_size=cp,
+        expert_model_parallel_size=ep,
+        expert_tensor_parallel_size=etp,
     )
-    model_parallel_cuda_manual_seed(7)
 
 
 def config(of: ModelShape, **other: Any) -> TransformerConfig:

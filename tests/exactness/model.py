@@ -1,19 +1,18 @@
 """The small family of the table of exactness, its data, and one process's plain loop. Needs the CPU adaptation."""
 
-import os
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from torch import Tensor
 
 from megatron_elastic.distillation.roles import JointRoles, RoleDataset, Roles, SampledRoles
 from megatron_elastic.model import ElasticHybridModel, ElasticModelBuilder, ElasticModelConfig
 from megatron_elastic.router import Router, RouterConfig
 from tests.distributed import elastic_kit as kit
+from tests.distributed.groups import make_groups
 from tests.exactness.layouts import Layout
 from tests.exactness.sizes import (
     ADAM,
@@ -61,32 +60,14 @@ def new_router(seed: int = ROUTER.seed) -> Router:
     return Router(config, FAMILY).double()
 
 
-_MADE: list[tuple[int, ...]] = []
-
-
-def make_groups(layout: Layout) -> None:
-    """Megatron's parallel groups of a layout: kept where they are the same, else all of torch.distributed made anew.
-
-    Groups that are only forgotten keep their threads, and every one of them costs time on two cores.
-    """
-    wanted = (layout.tp, layout.pp, layout.vp, layout.cp)
-    if not _MADE or _MADE[-1] != wanted:
-        rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
-        parallel_state.destroy_model_parallel()
-        torch.distributed.barrier()
-        torch.distributed.destroy_process_group()
-        _MADE.append(wanted)
-        address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        store = torch.distributed.TCPStore(*address, is_master=False)  # the launcher's own
-        fresh = torch.distributed.PrefixStore(f"exactness-{len(_MADE)}", store)
-        torch.distributed.init_process_group("gloo", store=fresh, rank=rank, world_size=world)
-        parallel_state.initialize_model_parallel(
-            layout.tp,
-            layout.pp,
-            virtual_pipeline_model_parallel_size=layout.vp if layout.vp > 1 else None,
-            context_parallel_size=layout.cp,
-        )
-    model_parallel_cuda_manual_seed(7)
+def groups(layout: Layout) -> None:
+    """Megatron's parallel groups of a layout."""
+    make_groups(
+        tensor_model_parallel_size=layout.tp,
+        pipeline_model_parallel_size=layout.pp,
+        virtual_pipeline_model_parallel_size=layout.vp if layout.vp > 1 else None,
+        context_parallel_size=layout.cp,
+    )
 
 
 def build(layout: Layout, dtype: torch.dtype) -> list[ElasticHybridModel]:
