@@ -21,7 +21,6 @@ from megatron_elastic.layers.plain import LocalHybridStack
 from megatron_elastic.masks import MaskTables
 from megatron_elastic.ops.unused import unused
 
-
 EXPERTS = "mlp.experts.experts.linear_fc1.weight"
 """Stock name of what the routed experts' first weights are stored under."""
 
