@@ -305,6 +305,9 @@ def to_argv(flags: Mapping[str, Any]) -> list[str]:
     for flag, value in flags.items():
         if value is False or value is None:
             continue
+        if isinstance(value, str) and value.startswith("-"):
+            argv.append(f"--{flag}={value}")  # a pattern that begins with an MLP would be read as a flag
+            continue
         argv.append(f"--{flag}")
         if isinstance(value, list | tuple):
             argv.extend(str(item) for item in value)

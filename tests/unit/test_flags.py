@@ -181,3 +181,4 @@ def test_the_vocabulary_is_padded_as_megatron_pads_it() -> None:
 def test_flags_become_a_command_line() -> None:
     flags = {"bf16": True, "fp8": False, "lr": 1e-3, "blend": [1, "a", 2, "b"], "none": None}
     assert to_argv(flags) == ["--bf16", "--lr", "0.001", "--blend", "1", "a", "2", "b"]
+    assert to_argv({"hybrid-layer-pattern": "-*M"}) == ["--hybrid-layer-pattern=-*M"]
