@@ -5,8 +5,9 @@ set -euo pipefail
 usage() {
   cat <<'TEXT'
 usage: bash launch/torchrun.sh [options] COMMAND RECIPE
+       bash launch/torchrun.sh [options] rank RECIPE --checkpoint DIR --out FILE ...
 
-Runs `megatron-elastic COMMAND RECIPE` (train or pretrain) under torchrun on one node or several. Give the same command on
+Runs `megatron-elastic COMMAND RECIPE` (train, pretrain or rank) under torchrun on one node or several. Give the same command on
 every node, from the same folder of a file system that the nodes share; only --node-rank differs. Under SLURM start one task
 a node, and everything is known from SLURM's variables:
 
@@ -25,7 +26,8 @@ a node, and everything is known from SLURM's variables:
 Every stage is a start of its own, and goes on from the newest checkpoint. When a rank or a node is lost, the others end with
 a message and status 1 after Megatron's timeout: `distributed-timeout-minutes` of the recipe's section `megatron` (10), or
 `distributed-timeout-seconds-after-init` after the first step (not for the pipeline's sends over gloo). torchrun restarts
-nothing by itself: give the command again on every node. Output: logs/ beside the checkpoint folder, one file a node.
+nothing by itself: give the command again on every node. Output: logs/ beside the checkpoint folder, one file a node; of rank,
+whose own options come after RECIPE, on the console.
 
 With several network interfaces say which one connects the nodes: NCCL_SOCKET_IFNAME (GPUs), GLOO_SOCKET_IFNAME (CPU ranks,
 and the checkpoints of GPU ranks). Exit status: 0 done; 1 it could not be done; 2 bad usage or a bad recipe; 130 interrupted.
@@ -74,6 +76,10 @@ while (($#)); do
       shift
       ;;
     -*) faults+=("unknown option '$1'") ;;
+    rank)
+      words+=("$@") # its own options come after it
+      break
+      ;;
     *) words+=("$1") ;;
   esac
   shift
@@ -109,11 +115,11 @@ if [[ -z $master && $nodes =~ ^[1-9][0-9]*$ ]]; then
   fi
 fi
 case "${words[0]:-}" in
-  train | pretrain) ;;
-  "") faults+=("COMMAND is missing: train or pretrain") ;;
-  *) faults+=("COMMAND is '${words[0]}': it must be train or pretrain") ;;
+  train | pretrain | rank) ;;
+  "") faults+=("COMMAND is missing: train, pretrain or rank") ;;
+  *) faults+=("COMMAND is '${words[0]}': it must be train, pretrain or rank") ;;
 esac
-if ((${#words[@]} != 2)); then
+if ((${#words[@]} < 2)) || [[ ${words[0]} != rank && ${#words[@]} != 2 ]]; then
   faults+=("COMMAND and RECIPE are what is given after the options; found: ${words[*]:-nothing}")
 elif [[ ! -f ${words[1]} ]]; then
   faults+=("RECIPE is '${words[1]}': there is no such file here ($PWD)")
@@ -155,6 +161,9 @@ if ((dry_run)); then
   printf -v line '%q ' "${launcher[@]}" --master-port "$port" -m megatron_elastic "${words[@]}"
   printf '%s\n' "${line% }"
   exit 0
+fi
+if [[ ${words[0]} == rank ]]; then
+  exec "${launcher[@]}" --master-port "$port" -m megatron_elastic "${words[@]}"
 fi
 exec python -m megatron_elastic _node --nodes "$nodes" --node-rank "$node" --ranks "$((nodes * ranks))" \
   --master-port "$port" "${words[@]}" -- "${launcher[@]}"

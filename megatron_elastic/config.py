@@ -68,13 +68,22 @@ class Recipe:
 
     @property
     def roles(self) -> int:
-        """Microbatches that each base microbatch becomes in training: the teacher, and every budget or a drawn one."""
+        """Microbatches that each base microbatch becomes in training: teachers, and every budget or a drawn one."""
         return 2 if self.budget_mode == "sampled" else self.evaluation_roles
 
     @property
+    def teachers(self) -> int:
+        """Teachers that every base microbatch is run by: two where budgets of one stage follow different ones.
+
+        The same in all stages: Megatron's learning rate follows the number of samples, and counts them by role.
+        """
+        names = [budget.name for budget in self.family.budgets]
+        return max(len(set(stage.teachers(names))) for stage in self.stages)
+
+    @property
     def evaluation_roles(self) -> int:
-        """Microbatches that each base microbatch becomes in evaluation: the teacher and every budget."""
-        return len(self.family.budgets) + 1
+        """Microbatches that each base microbatch becomes in evaluation: teachers and every budget."""
+        return len(self.family.budgets) + self.teachers
 
     def stage_of(self, iteration: int) -> int:
         """Number (from 1) of the stage that makes the step after `iteration` steps; one past the last when all are."""
@@ -133,8 +142,9 @@ def _stages(raw: Any, budgets: int, ranks: Ranks, world_size: int | None, faults
                 f"{name}.global_batch_size: {stage.global_batch_size} must be a multiple of micro_batch_size x "
                 f"data-parallel size = {step}: roles are dealt in groups of that size"
             )
-        if stage.teacher not in TEACHERS:
-            faults.append(f"{name}.teacher: {stage.teacher!r} must be one of {list(TEACHERS)}")
+        kinds = list(stage.teacher.values()) if isinstance(stage.teacher, Mapping) else [stage.teacher]
+        unknown = [kind for kind in kinds if kind not in TEACHERS]
+        faults.extend(f"{name}.teacher: {kind!r} must be one of {list(TEACHERS)}" for kind in unknown)
         weights = stage.weights
         numbers = isinstance(weights, tuple) and all(isinstance(w, int | float) and w >= 0 for w in weights)
         if budgets and (not numbers or len(weights) != budgets or abs(sum(weights) - 1.0) > 1e-6):
@@ -260,7 +270,15 @@ def parse_recipe(raw: Any, *, world_size: int | None = None, source: str = "reci
     budgets = len(given) if isinstance(given, list) else 0
     before = len(faults)
     stages = _stages(elastic.get("stages"), budgets, ranks, world_size, faults)
-    judged = budgets + 1
+    named = [str(entry.get("name")) for entry in given or () if isinstance(entry, Mapping)] if budgets else []
+    for number, stage in enumerate(stages):
+        if isinstance(stage.teacher, Mapping):
+            faults.extend(
+                f"elastic.stages[{number}].teacher.{name}: no budget; there are {named}"
+                for name in stage.teacher
+                if name not in named
+            )
+    judged = budgets + max((len(set(stage.teachers(named))) for stage in stages), default=1)
     roles = {"training": 2 if elastic.get("budget_mode") == "sampled" else judged, "evaluation": judged}
     interleaving_faults(megatron, stages, roles, max(1, (world_size or ranks.copy) // ranks.copy), faults)
     router = _router(elastic, stages if len(faults) == before else None, faults)

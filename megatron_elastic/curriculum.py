@@ -1,6 +1,6 @@
 """Settings of a recipe that are plain numbers: curriculum, the parent's training, evaluation, calibration."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
@@ -18,8 +18,9 @@ class Stage:
         micro_batch_size: base samples a microbatch on each data-parallel rank.
         weights: share of the loss of each budget, largest budget first; sums to 1.
         teacher: `frozen`, or `trainable`: the full budget, as it is at this step, teaches the others, and itself learns
-            from the text (Nemotron Elastic, section 'Losses').
-        ce_weight: factor on the full budget's cross entropy where it is the teacher (alpha).
+            from the text (Nemotron Elastic, section 'Losses'); or one of the two for each budget by name (`frozen`
+            where it is not named), the full one `trainable` where it learns from the text.
+        ce_weight: factor on the full budget's cross entropy where it learns from the text (alpha).
     """
 
     iterations: int
@@ -27,8 +28,14 @@ class Stage:
     global_batch_size: int
     micro_batch_size: int
     weights: tuple[float, ...]
-    teacher: str = "frozen"
+    teacher: str | Mapping[str, str] = "frozen"
     ce_weight: float = 1.0
+
+    def teachers(self, budgets: Sequence[str]) -> tuple[str, ...]:
+        """The teacher of each budget: one of `TEACHERS`."""
+        if isinstance(self.teacher, str):
+            return (self.teacher,) * len(budgets)
+        return tuple(self.teacher.get(name, "frozen") for name in budgets)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,11 +48,19 @@ class Evaluation:
 
 @dataclass(frozen=True, kw_only=True)
 class Calibration:
-    """Text for importance scores: `samples` sequences of `sequence_length` tokens from the training data."""
+    """Text for importance scores: `samples` sequences of `sequence_length` tokens from the training data.
+
+    Attributes:
+        samples: for the scores of widths.
+        sequence_length: tokens.
+        batch_size: sequences that run together.
+        depth_samples: for the order of the layers, which keeps what enters every layer in host memory.
+    """
 
     samples: int = 1024
     sequence_length: int = 8192
     batch_size: int = 8
+    depth_samples: int = 256
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -44,6 +44,10 @@ def _without(package: str, needed_by: str) -> Callable[[Any], bool]:
     return lambda value: value == needed_by and importlib.util.find_spec(package) is None
 
 
+def _expert_activations(value: Any) -> bool:
+    return "moe_act" in (value if isinstance(value, list) else [value])
+
+
 def _balanced_over_steps(value: Any) -> bool:
     kinds = value if isinstance(value, list) else [value]
     return any(kind not in (None, "none", "aux_loss", "seq_aux_loss") for kind in kinds)
@@ -133,7 +137,8 @@ REFUSALS: tuple[Refusal, ...] = (
     # Mixture of experts.
     Refusal("moe-layer-freq", _not(None, 1), "hybrid-layer-pattern says which layers have experts (E)"),
     Refusal("moe-use-upcycling", _given, "the parent comes from a checkpoint: upcycle it with Megatron first"),
-    Refusal("moe-grouped-gemm", _given, "core's grouped experts are Transformer Engine's: they run one after another"),
+    Refusal("moe-single-grouped-weight", _given, "experts have a weight each here: leave it out"),
+    Refusal("moe-single-grouped-bias", _given, "experts have no biases: leave it out"),
     Refusal("moe-latent-size", _given, f"latent experts: {_NO_LAYER}"),
     Refusal("moe-shared-expert-gate", _given, f"a gate on the shared expert: {_NO_LAYER}"),
     Refusal("moe-shared-expert-overlap", _given, "the dispatcher would run the shared expert without its selection"),
@@ -146,6 +151,7 @@ REFUSALS: tuple[Refusal, ...] = (
         _balanced_over_steps,
         "aux_loss, seq_aux_loss and none look at one microbatch; the others keep counts that budgets would mix",
     ),
+    Refusal("recompute-modules", _expert_activations, "moe_act has no elastic form: recompute moe or shared_experts"),
     Refusal("moe-router-num-groups", _given, "a narrower model has fewer experts a group: other groups would win"),
     Refusal("moe-router-group-topk", _given, "a narrower model has fewer experts a group: other groups would win"),
     Refusal("moe-expert-capacity-factor", _given, "a capacity follows from the number of experts, which is a choice"),
@@ -305,8 +311,8 @@ def to_argv(flags: Mapping[str, Any]) -> list[str]:
     for flag, value in flags.items():
         if value is False or value is None:
             continue
-        if isinstance(value, str) and value.startswith("-"):
-            argv.append(f"--{flag}={value}")  # a pattern that begins with an MLP would be read as a flag
+        if str(value).startswith("-"):  # argparse would take it for a flag: a pattern may begin with an MLP
+            argv.append(f"--{flag}={value}")
             continue
         argv.append(f"--{flag}")
         if isinstance(value, list | tuple):

@@ -14,7 +14,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from megatron_elastic.batch import rank_batch
 from megatron_elastic.budget import Selection
 from megatron_elastic.config import Recipe, Stage
-from megatron_elastic.distillation.roles import TEACHER
+from megatron_elastic.distillation.roles import LIVE_TEACHER, OF_KIND
 from megatron_elastic.layers.linear import TeacherTarget
 from megatron_elastic.layers.moe_role import MoeRole
 from megatron_elastic.loss_checks import check_loss
@@ -50,7 +50,7 @@ class JointStep:
     base tokens. Sampled: the budgets come as often as they weigh, each with its summed KL as it is, and the gradient is
     that one in the mean over the draws (the penalty, which needs no text, is exact).
 
-    In a stage whose teacher is trainable the teacher's turn runs the full budget as it is, without a gradient, and the
+    Where a budget's teacher is trainable, the teacher's turn runs the full budget as it is, without a gradient; and the
     full budget's own turn learns from the text: `ce_weight` times the cross entropy in place of a KL that is zero.
     """
 
@@ -62,18 +62,18 @@ class JointStep:
         log: where router and accounting go.
         """
         self.recipe, self.state, self.stage, self.log = recipe, state, stage, log
-        self.live = stage.teacher == "trainable"
         budgets = recipe.family.budgets
+        self.teachers = [OF_KIND[kind] for kind in stage.teachers([budget.name for budget in budgets])]
         self.names = [f"{'ce' if self._from_text(number) else 'kd'} {b.name}" for number, b in enumerate(budgets)]
         self.sampled = recipe.budget_mode == "sampled"
         self.losses = LossLog(self.names, log.interval)
-        self._target: TeacherTarget | None = None
+        self._targets: dict[int, TeacherTarget] = {}
         self._provisional: tuple[int, tuple[Selection, ...]] = (-1, ())
         self._iteration = -1
 
     def _from_text(self, budget: int) -> bool:
         """Whether a budget learns from the text itself."""
-        return self.live and self.recipe.family.budgets[budget].fraction >= 1.0
+        return self.teachers[budget] == LIVE_TEACHER and self.recipe.family.budgets[budget].fraction >= 1.0
 
     def attach(self, config: Any) -> None:
         """Registers the gradient hook in a transformer config, and the router's step after the backbone's."""
@@ -147,17 +147,18 @@ class JointStep:
         )
         training = chunk.training
         tokens, positions, mask = local["tokens"], local["position_ids"], local["loss_mask"].float()
-        if budget == TEACHER:
-            hidden = model(tokens, positions, run_teacher=True, live_teacher=self.live, documents=documents)
+        if budget in OF_KIND.values():
+            live = budget == LIVE_TEACHER
+            hidden = model(tokens, positions, run_teacher=True, live_teacher=live, documents=documents)
             if chunk.post_process:
-                self._target = chunk.teacher_target(hidden, self.live)
+                self._targets[budget] = chunk.teacher_target(hidden, live)
             return hidden, partial(self._teacher_loss, training=training)
         from_text = self._from_text(budget)
         output = model(
             tokens,
             positions,
             **self._submodel(budget, training),
-            teacher=self._target if chunk.post_process and not from_text else None,
+            teacher=self._targets[self.teachers[budget]] if chunk.post_process and not from_text else None,
             labels=local["labels"] if chunk.post_process and from_text else None,
             loss_mask=mask,
             temperature=self.recipe.temperature,

@@ -24,6 +24,11 @@ class Ranks(NamedTuple):
     ep: int = 1
     etp: int = 1
 
+    @property
+    def sharing_experts(self) -> int:
+        """Data-parallel ranks, one after the other, that share experts: they must run the same budget at a time."""
+        return max(1, self.ep * self.etp // (self.tp * self.cp))
+
 
 def length_fault(length: int, ranks: Ranks) -> str | None:
     """What is wrong with a sequence length on a layout; None where nothing is."""

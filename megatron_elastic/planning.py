@@ -155,11 +155,19 @@ def restricted(family: Family, kept: Mapping[str, int]) -> Family:
     return replace(family, choices={**family.choices, **{axis: (size,) for axis, size in kept.items()}})
 
 
-def figures(family: Family, selection: Selection) -> dict[str, int]:
-    """What a selection costs at the family's deployment: parameters, active ones, bytes, forward FLOPs a token."""
+def figures(family: Family, selection: Selection) -> dict[str, float]:
+    """What a selection costs at the family's deployment: parameters, active ones, bytes, forward FLOPs a token.
+
+    All whole numbers; with a table of measured latencies also `latency`, in its unit of time.
+    """
     keys = {"memory": "memory_bytes", "flops": "flops_per_token"}
     units = ("parameters", "active_parameters", "memory", "flops")
-    return {keys.get(unit, unit): math.ceil(family.selection_cost(selection, unit)) for unit in units}
+    found: dict[str, float] = {
+        keys.get(unit, unit): math.ceil(family.selection_cost(selection, unit)) for unit in units
+    }
+    if family.latency is not None:
+        found["latency"] = family.selection_cost(selection, "latency")
+    return found
 
 
 FFN_BLOCKS = 8

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import product
 from math import prod
 from typing import Any
@@ -12,6 +13,7 @@ from megatron_elastic.cost_model import training_flops_per_token
 from megatron_elastic.curriculum import Stage
 from megatron_elastic.errors import RecipeError
 from megatron_elastic.flags import padded_vocabulary
+from megatron_elastic.hf.config import export_warnings
 from megatron_elastic.layout import BUFFERS, ModelShape, layer_number
 from megatron_elastic.ops.kd_loss import default_chunk_tokens
 from megatron_elastic.parallel import Ranks, ranks_of
@@ -116,7 +118,8 @@ def saved_per_token(shape: ModelShape, kind: str, ranks: Ranks, sequence_paralle
     tokens. A sum over the tensors that the formulas need, not a measurement.
     """
     hidden = shape.hidden / (ranks.tp if sequence_parallel else 1)
-    full, outer = shape.full, 2 * hidden  # the residual and its norm's output
+    full: Mapping[str, int] = shape.full
+    outer = 2 * hidden  # the residual and its norm's output
     if kind == "M":
         inner = full["mamba_heads"] * shape.mamba_head_dim
         states = 2 * shape.mamba_groups * shape.mamba_state
@@ -222,6 +225,21 @@ def _stage_facts(recipe: Recipe, stage: Stage, data_parallel: int) -> dict[str, 
     }
 
 
+def unloadable(recipe: Recipe) -> list[str]:
+    """What `export` will say of the budgets: which stock engine loads them, where not all do."""
+    family, found = recipe.family, dict[str, None]()
+    for number, budget in enumerate(family.budgets):
+        if recipe.selections:
+            shape = recipe.selections[number].submodel(family.shape)
+        else:
+            # A router may choose differently for any layer.
+            apart = [axis for axis in family.heterogeneous if len(family.choices[axis]) > 1 and budget.heterogeneous]
+            different: dict[str, Any] = {axis: family.choices[axis][:2] for axis in apart if budget.fraction < 1.0}
+            shape = replace(family.shape, **different)
+        found.update((f"budget {budget.name}: {warning}", None) for warning in export_warnings(shape))
+    return list(found)
+
+
 def run_facts(recipe: Recipe, gpus: int | None = None) -> dict[str, Any]:
     """The run of a recipe: its layout, stages, memory of a GPU, and what a user should know before paying for it.
 
@@ -242,9 +260,8 @@ def run_facts(recipe: Recipe, gpus: int | None = None) -> dict[str, Any]:
         while "E" in recipe.family.shape.pattern and gpus % (pp * ranks.ep * ranks.etp):
             gpus += ranks.copy
     faults, warnings = layout_faults(recipe, ranks, gpus), list[str]()
-    used = flags.get("fp8-format") or flags.get("fp8")
     scaling = str(flags.get("fp8-recipe", "delayed"))
-    if used:
+    if flags.get("fp8-format"):
         faults += [f"fp8 ({scaling}): {fault}" for fault in tile_faults(recipe, ranks, FP8_TILES.get(scaling, 16))]
     else:
         for tile, what in ((16, "FP8 GEMMs"), (128, "FP8 blockwise scaling")):
@@ -258,6 +275,7 @@ def run_facts(recipe: Recipe, gpus: int | None = None) -> dict[str, Any]:
             f"the fullest GPU needs about {memory['total'] / 2**30:.1f} GiB, more than an H100's 80 GiB: use more "
             "recompute, or larger TP, PP, CP or EP"
         )
+    warnings += unloadable(recipe)
     data_parallel = gpus // ranks.copy
     if len(recipe.family.choices["depth"]) > 1 and not recipe.family.depth_ranking:
         warnings.append(

@@ -260,10 +260,11 @@ def sort_parent(
             that the recipe needs, or `out` is taken.
     """
     family, found = recipe.family, Scores.load(scores)
-    if found.depth is None and len(family.choices["depth"]) > 1:
+    ranking = family.depth_ranking or (() if found.depth is None else found.depth.order)
+    if not ranking and len(family.choices["depth"]) > 1:
         raise CheckpointError(
             f"scores {scores}: the recipe's depth is elastic, and these have no order of the layers: rank the parent "
-            "with --depth iterative"
+            "with --depth iterative, or give elastic.depth_ranking"
         )
     return sort_checkpoint(
         checkpoint,
@@ -273,6 +274,6 @@ def sort_parent(
         expert_blocks=family.expert_blocks,
         flags=recipe.megatron,
         orders=orders_from_scores(family.layout, found),
-        depth_ranking=() if found.depth is None else found.depth.order,
+        depth_ranking=ranking,
         progress=progress,
     )

@@ -69,8 +69,7 @@ def split(flags: Mapping[str, Any]) -> dict[str, Any]:
     stages = str(flags["hybrid-layer-pattern"]).split("|")
     each = max(1, len(stages) // int(kept.get("pipeline-model-parallel-size", 1)))
     joined = ["".join(stages[start : start + each]) for start in range(0, len(stages), each)]
-    # Every rank has other tokens, and not equally many: core's default dispatcher gathers equal numbers.
-    return {**kept, "hybrid-layer-pattern": "|".join(joined), "moe-token-dispatcher-type": "alltoall"}
+    return {**kept, "hybrid-layer-pattern": "|".join(joined)}
 
 
 @contextlib.contextmanager

@@ -21,7 +21,7 @@ from megatron.training.models.hybrid import HybridModelConfig
 from megatron_elastic.batch import rank_batch
 from megatron_elastic.checkpoint import find_checkpoint, fused_norms, save_faults_are_told
 from megatron_elastic.config import Recipe, Stage
-from megatron_elastic.distillation.roles import JointRoles, RoleDataset, Roles, SampledRoles
+from megatron_elastic.distillation.roles import OF_KIND, JointRoles, RoleDataset, Roles, SampledRoles
 from megatron_elastic.errors import CheckpointError
 from megatron_elastic.family import Family
 from megatron_elastic.forward_step import JointStep
@@ -30,6 +30,7 @@ from megatron_elastic.layers.plain import plain_stack_spec
 from megatron_elastic.metadata import Metadata
 from megatron_elastic.metrics import StepLog
 from megatron_elastic.model import ElasticHybridModel, ElasticModelBuilder, ElasticModelConfig, FamilyState
+from megatron_elastic.parallel import ranks_of
 from megatron_elastic.parents import with_ranked_layers
 from megatron_elastic.router import Router, RouterTrainer
 from megatron_elastic.schedule import stage_argv
@@ -200,8 +201,13 @@ def train_stage(recipe: Recipe, number: int) -> None:
     config = hybrid_config_from_args(args, model_config_cls=ElasticModelConfig)
     config.family = recipe.family
     config.on_build = _Attach(recipe, state, step)
-    joint = JointRoles(len(recipe.family.budgets))
-    sampled = SampledRoles(stage.weights, seed=args.seed + number, micro_batch_size=stage.micro_batch_size)
+    budgets = [budget.name for budget in recipe.family.budgets]
+    teachers = [OF_KIND[kind] for kind in stage.teachers(budgets)]
+    # A stage with one teacher in a run that elsewhere has two runs its own twice: see `Recipe.teachers`.
+    different = sorted(set(teachers), reverse=True)
+    joint = JointRoles(len(budgets), (different * recipe.teachers)[: recipe.teachers])
+    together = stage.micro_batch_size * ranks_of(recipe.megatron, []).sharing_experts
+    sampled = SampledRoles(stage.weights, seed=args.seed + number, together=together, teachers=teachers)
     text = TextRun(
         train=recipe.train_data,
         validation=recipe.validation_data,

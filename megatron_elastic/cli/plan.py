@@ -220,7 +220,9 @@ def _print(result: Mapping[str, Any]) -> None:
         f"FLOPs: of a forward pass, per token at {place['context']} tokens"
     )
     active = result["parent"]["active_parameters"] != whole
-    head = ["", "parameters", "share", *(["active"] if active else []), "memory", "GFLOP/token", "selection"]
+    timed = "latency" in result["parent"]
+    head = ["", "parameters", "share", *(["active"] if active else []), "memory", "GFLOP/token"]
+    head += [*(["latency"] if timed else []), "selection"]
     table = [head]
     for row in (result["parent"], *result["budgets"]):
         table.append(
@@ -231,6 +233,7 @@ def _print(result: Mapping[str, Any]) -> None:
                 *([f"{row['active_parameters']:,}"] if active else []),
                 _both(row["memory_bytes"]),
                 f"{row['flops_per_token'] / 1e9:.2f}",
+                *([f"{row['latency']:.4g}"] if timed else []),
                 ", ".join(f"{axis} {_sizes(size)}" for axis, size in row["selection"].items()),
             ]
         )

@@ -14,14 +14,15 @@ if TYPE_CHECKING:
 
 HELP = "measure the importance of channels, neurons, heads, experts and layers of a parent"
 DESCRIPTION = """\
-Run the parent over calibration text (elastic.calibration: samples, sequence_length, batch_size;
-from elastic.train_data) and write the importance of every hidden channel, neuron, Mamba head and
+Run the parent over calibration text (elastic.calibration: samples, sequence_length, batch_size,
+depth_samples; from elastic.train_data) and write the importance of every hidden channel, neuron, Mamba head and
 channel, attention head and expert to one file, and the order in which layers may be left out.
 It prints a table and draws a plot beside the file (OUT.png). One process holds the whole parent;
 with --ranks, or under torchrun (launch/torchrun.sh), it is split as the recipe's flags say.
-Layers are ranked by iterative removal, which takes about (layers / 2) forward passes a layer that
-the smallest choice of depth leaves out; when that is interrupted, the same command goes on from
-OUT.depth.json."""
+Layers are ranked by iterative removal, on elastic.calibration.depth_samples sequences: about
+(layers / 2) forward passes for every layer that the smallest choice of depth leaves out, and up to
+3 x layers x tokens x hidden values in host memory, over all ranks. When it is interrupted, the same
+command goes on from OUT.depth.json."""
 DEPTH = ("iterative", "one-shot", "none")
 
 
@@ -35,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--depth",
         choices=DEPTH,
         help="how layers are ranked: removed one after the other, judged once, or not "
-        "(default: iterative where the recipe's depth is elastic, else none)",
+        "(default: iterative where the recipe's depth is elastic and it gives no depth_ranking, else none)",
     )
     options.ranks(parser, "1")
     options.as_json(parser)

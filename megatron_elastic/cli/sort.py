@@ -7,9 +7,10 @@ from megatron_elastic.cli import options
 
 HELP = "permute a parent so that every choice keeps a prefix of every block"
 DESCRIPTION = """\
-Write the parent again with channels, neurons and heads sorted by importance into block order. The
-sorted parent computes the same function: it is what `train` starts from and what every submodel is
-cut from. Tensor by tensor, without a GPU."""
+Write the parent again with channels, neurons, heads and experts sorted by importance into block
+order; the order in which layers may be left out goes into its description. The sorted parent
+computes the same function: it is what `train` starts from and what every submodel is cut from.
+Tensor by tensor, without a GPU."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

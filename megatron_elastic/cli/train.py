@@ -47,6 +47,7 @@ def train(path: Path, ranks: int | None = None) -> bool:
         ElasticError: the parent, the data or a foreign family in the way; or the training failed.
         KeyboardInterrupt: stopped before its end, saying where.
     """
+    from megatron_elastic.checkpoint import carry
     from megatron_elastic.cli import position
     from megatron_elastic.config import load_recipe
 
@@ -56,6 +57,7 @@ def train(path: Path, ranks: int | None = None) -> bool:
     position.check_data(recipe)
     position.check_parent(recipe)
     with position.only_run(recipe.save):
+        carry(recipe.parent, recipe.save)
         return _stages(recipe, path, ranks, recipe.stage_of(position.family_position(recipe)))
 
 
@@ -78,6 +80,7 @@ def _stages(recipe: "Recipe", path: Path, ranks: int, first: int) -> bool:
 
 
 def _one_rank(arguments: argparse.Namespace) -> int:
+    from megatron_elastic.checkpoint import carry
     from megatron_elastic.cli import position, worker
     from megatron_elastic.config import load_recipe
 
@@ -93,6 +96,8 @@ def _one_rank(arguments: argparse.Namespace) -> int:
         return 1  # rank 0 says why
     # After rank 0 has looked: it may have mended the tracker that all compare.
     contact.same_folder(Path(recipe.save), lambda: position.tracked(recipe.save))
+    if os.environ["RANK"] == "0":
+        carry(recipe.parent, recipe.save)
     if number <= len(recipe.stages):
         return worker.train(arguments.recipe, number)
     if os.environ["RANK"] == "0":

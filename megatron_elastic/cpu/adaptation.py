@@ -58,6 +58,7 @@ REPLACED_NAMES = (
     "torch.cuda.default_stream",
     "torch.cuda.device",
     "torch.cuda.device_count",
+    "torch.cuda.get_device_capability",
     "torch.cuda.get_rng_state",
     "torch.cuda.manual_seed",
     "torch.cuda.set_rng_state",
@@ -172,6 +173,7 @@ def _replace_cuda_functions() -> None:
     cuda.stream = cuda.device = _no_context
     cuda.current_device = lambda: CPU
     cuda.device_count = lambda: 1
+    cuda.get_device_capability = lambda *args, **kwargs: (9, 0)  # asked whether grouped products have a kernel
     cuda.get_rng_state = cuda.random.get_rng_state = _get_rng_state
     cuda.set_rng_state = cuda.random.set_rng_state = _set_rng_state
     cuda.manual_seed = _manual_seed

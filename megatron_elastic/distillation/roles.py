@@ -1,4 +1,4 @@
-"""Roles: every base microbatch is run by the teacher, then by budgets: all of them, or one that is drawn.
+"""Roles: every base microbatch is run by a teacher (or two), then by budgets: all of them, or one that is drawn.
 
 The role is a property of the dataset index, so Megatron's own sampler, its resume and its data-parallel split work as
 they are: `MegatronPretrainingSampler` gives the data-parallel rank `r` the `r`-th micro batch of every run of
@@ -15,7 +15,10 @@ from typing import Any, Protocol
 import torch
 
 TEACHER = -1
-"""Stands for a budget's index in the teacher's microbatches."""
+"""Stands for a budget's index in the frozen teacher's microbatches."""
+LIVE_TEACHER = -2
+"""The same where the full budget teaches, as it is at this step."""
+OF_KIND = {"frozen": TEACHER, "trainable": LIVE_TEACHER}
 
 
 class Roles(Protocol):
@@ -26,49 +29,60 @@ class Roles(Protocol):
         """Microbatches that each base microbatch becomes, the teacher's included."""
 
     def budget(self, role: int, sample: int) -> int:
-        """Budget (largest first) that runs base sample `sample` in a role, or `TEACHER`."""
+        """Budget (largest first) that runs base sample `sample` in a role, `TEACHER` or `LIVE_TEACHER`."""
 
 
 class JointRoles:
-    """The teacher, then every budget from narrow to full.
+    """The teachers, then every budget from narrow to full.
 
     The full budget touches every parameter, and core's DDP with `overlap_grad_reduce` wants the last microbatch to.
     """
 
-    def __init__(self, budgets: int) -> None:
-        """`budgets`: number of budgets; with 0 every base sample comes once, as in ordinary training."""
-        self.count = budgets + 1
+    def __init__(self, budgets: int, teachers: Sequence[int] = (TEACHER,)) -> None:
+        """Args:
+        budgets: number of budgets; with 0 every base sample comes once, as in ordinary training.
+        teachers: `TEACHER`, `LIVE_TEACHER` or both.
+        """
+        self.teachers = tuple(teachers)
+        self.count = budgets + len(self.teachers)
 
     def budget(self, role: int, sample: int) -> int:
         """The same for every sample."""
-        return self.count - 1 - role if role else TEACHER
+        return self.teachers[role] if role < len(self.teachers) else self.count - 1 - role
 
 
 class SampledRoles:
     """The teacher, then one budget, drawn for each base microbatch by its share of the loss.
 
-    The draw is a pure function of (seed, first base sample of the microbatch): the same on every rank that runs the
-    microbatch, and whatever the number of data-parallel ranks; nothing has to be saved. Every budget reaches every
+    The draw is a pure function of (seed, first base sample that is run together): the same on every rank that takes
+    part, and whatever the number of data-parallel ranks; nothing has to be saved. Every budget reaches every
     parameter (each keeps a part of it), so the last microbatch may be any.
     """
 
     count = 2
 
-    def __init__(self, weights: Sequence[float], *, seed: int, micro_batch_size: int) -> None:
+    def __init__(
+        self, weights: Sequence[float], *, seed: int, together: int, teachers: Sequence[int] = ()
+    ) -> None:
         """Args:
         weights: share of each budget, largest budget first; they sum to 1.
         seed: of this stage of this run.
-        micro_batch_size: base samples that are run together, and so by one budget.
+        together: base samples that are run together, and so by one budget: a microbatch, or those of all data-parallel
+            ranks that share experts.
+        teachers: of each budget, `TEACHER` (the default) or `LIVE_TEACHER`.
         """
-        self.seed, self.micro_batch_size = seed, micro_batch_size
+        self.teachers = tuple(teachers) or (TEACHER,) * len(weights)
+        self.seed, self.together = seed, together
         self.thresholds = list(itertools.accumulate(weights))
         self.last = max(index for index, weight in enumerate(weights) if weight > 0)
 
     def budget(self, role: int, sample: int) -> int:
-        """Drawn by the microbatch that the sample belongs to."""
-        if not role:
-            return TEACHER
-        first = sample - sample % self.micro_batch_size
+        """Drawn by the microbatch that the sample belongs to; role 0 is the teacher of the one drawn."""
+        drawn = self._drawn(sample)
+        return drawn if role else self.teachers[drawn]
+
+    def _drawn(self, sample: int) -> int:
+        first = sample - sample % self.together
         digest = hashlib.blake2b(struct.pack("<2q", self.seed, first), digest_size=8).digest()
         drawn = int.from_bytes(digest, "little") / 2**64
         # Weights may sum to a little less than 1.
@@ -101,7 +115,7 @@ class RoleDataset(torch.utils.data.Dataset[dict[str, Any]]):
         return self.start + self.samples * self.roles.count
 
     def at(self, index: int) -> tuple[int, int]:
-        """Index -> (base sample, role); role 0 is the teacher."""
+        """Index -> (base sample, role); role 0 is a teacher."""
         run, inside = divmod(index - self.start, self.group)
         sample = run // self.roles.count * self.group + inside
         return (sample if self.period is None else sample % self.period), run % self.roles.count

@@ -51,6 +51,9 @@ _SIZES = {
 }
 """Kind of layer -> size in `ModelShape` -> field of the configuration."""
 
+SHORTEST_TIME_STEP = 1e-9
+"""A `time_step_min` that changes no time step: transformers 5 raises shorter ones to it, Megatron has no such limit."""
+
 _DEFAULTS: dict[str, Any] = {"conv_kernel": 4, "layer_norm_epsilon": 1e-5, "routed_scaling_factor": 1.0}
 
 
@@ -375,6 +378,8 @@ def make_config(
         raise HFError(faults, f"this model is not of format {UNIFORM}")
     kind = UNIFORM if shape.uniform else PUZZLE
     made: dict[str, Any] = {**_OF_MEGATRON, "max_position_embeddings": max_positions, **raw}
+    if raw:
+        made["time_step_min"] = raw.get("time_step_min", raw.get("mamba_dt_min", 0.001))
     stale = [*(alias for aliases in _ALIASES.values() for alias in aliases), "auto_map", "block_configs"]
     for name in (*stale, "mtp_block_configs", "blockwise_members"):
         made.pop(name, None)
@@ -421,6 +426,7 @@ _OF_MEGATRON: dict[str, Any] = {
     **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id", "sliding_window"), None),
     **dict.fromkeys(("tie_word_embeddings", "use_bias", "attention_bias", "mlp_bias", "mamba_proj_bias"), False),
     **{"use_conv_bias": True, "mamba_hidden_act": "silu", "mlp_hidden_act": "relu2", "residual_in_fp32": False},
+    "time_step_min": SHORTEST_TIME_STEP,
     **{"n_group": 1, "topk_group": 1, "chunk_size": 128, "expand": 2, "use_cache": True},
 }
 """Fields that are the same for every model that Megatron trains here."""

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_elastic.asked import asked_selection
 from megatron_elastic.checkpoint import (
     LazyTensor,
     carried_files,
@@ -30,7 +31,15 @@ from megatron_elastic.checkpoint import parameters as stored_infos
 from megatron_elastic.errors import CheckpointError, HFError
 from megatron_elastic.extraction import check_selection, cut_tensors, submodel_flags
 from megatron_elastic.flags import model_shape
-from megatron_elastic.hf.config import CONFIG, PUZZLE, UNIFORM, export_warnings, load_json, make_config
+from megatron_elastic.hf.config import (
+    CONFIG,
+    PUZZLE,
+    SHORTEST_TIME_STEP,
+    UNIFORM,
+    export_warnings,
+    load_json,
+    make_config,
+)
 from megatron_elastic.hf.importing import carried_along
 from megatron_elastic.hf.names import Parameter, parameters
 from megatron_elastic.hf.nested import describe, write_slicer
@@ -77,7 +86,7 @@ def _whole(path: Path, described: Metadata | None) -> _Model:
 
 def _budget(path: Path, family: Metadata, budget: str) -> _Model:
     """One budget of a family, cut as it is read."""
-    selection, layout = family.selection_of(budget), family.family.layout
+    selection, layout = asked_selection(path, family, budget), family.family.layout
     check_selection(layout, selection)
     parts = cut_tensors(path, layout, selection, None)
     shape = selection.submodel(family.shape)
@@ -143,6 +152,20 @@ def _zeros(shape: tuple[int, ...]) -> Callable[[], Tensor]:
     return lambda: torch.zeros(shape)
 
 
+def _short_time_steps(model: _Model, config: Mapping[str, Any]) -> list[str]:
+    """What to say where transformers computes something else: it raises time steps to `time_step_min`."""
+    least = config["time_step_min"]
+    biases = [each.read() for name, each in model.tensors.items() if name.endswith(".dt_bias")]
+    heads = sum(len(bias) for bias in biases)
+    short = sum(int((torch.nn.functional.softplus(bias.double()) < least).sum()) for bias in biases)
+    if not short:
+        return []
+    return [
+        f"{short} of {heads} Mamba heads have time steps below time_step_min {least}: transformers 5 raises them to "
+        f"it, Megatron and other engines do not; with {SHORTEST_TIME_STEP} in config.json it computes what was trained"
+    ]
+
+
 def _main_dtype(tensors: Mapping[str, LazyTensor]) -> str:
     """The dtype of most of the numbers, as `config.json` names it."""
     counts: dict[torch.dtype, int] = {}
@@ -194,7 +217,7 @@ def export_model(
     Args:
         checkpoint: a parent, an extracted model, or a family.
         out: folder to write; must not exist, or be empty. It is there whole and verified, or not at all.
-        budget: of a family: the one to write, cut as it is read.
+        budget: of a family: the one to write, by name or a size between two (`asked_selection`), cut as it is read.
         nested: of a family: write all of it, with `elastic.json` and `slice.py`, which cuts any budget.
         shard_bytes: the most bytes that one file holds.
         like: folder in Hugging Face's format to take `config.json`'s other fields and the tokenizer from; None for what
@@ -202,8 +225,8 @@ def export_model(
         progress: whether to show bars.
 
     Returns:
-        `out`, `model_type`, `parameters`, `bytes`, `warnings` (which engines cannot load it), and `budgets` where it is
-        nested.
+        `out`, `model_type`, `parameters`, `bytes`, `warnings` (which engines cannot load it, or compute it otherwise),
+        and `budgets` where it is nested.
 
     Raises:
         HFError: the format cannot hold this model.
@@ -238,7 +261,7 @@ def export_model(
         result["bytes"] = write_folder(folder, tensors, shard_bytes, progress=progress)
         copy_files({name: file for name, file in files.items() if name != CONFIG}, folder)
         (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
-        result["warnings"] = export_warnings(model.shape)
+        result["warnings"] = export_warnings(model.shape) + _short_time_steps(model, config)
         if nested and described is not None:
             written = describe(described, lambda shape: make_config(shape, model.flags, raw, dtype, positions))
             write_slicer(folder, written)

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from importlib.resources import files
 from itertools import pairwise
 from math import prod
@@ -83,7 +84,8 @@ def describe(family: Metadata, config: Callable[[ModelShape], dict[str, Any]]) -
         family: with its selections decided.
         config: makes a submodel's `config.json`.
     """
-    shape, ranges = family.shape, _Ranges()
+    # The format has a bias for every expert; where the router has none, it is written as 0.
+    shape, ranges = replace(family.shape, expert_bias=True), _Ranges()
     made = list(parameters(shape, RELEASED, ffn_blocks=family.ffn_blocks, expert_blocks=family.expert_blocks))
     budgets: dict[str, Any] = {}
     for budget, selection in zip(family.budgets, family.selections, strict=True):

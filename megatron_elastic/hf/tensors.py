@@ -200,6 +200,7 @@ def write_folder(
                     raise HFError([f"{key} is {tuple(value.shape)} {value.dtype}, not {wanted}"], str(folder))
                 digests[key] = digest(value)
                 file.write(memoryview(value.view(-1).view(torch.uint8).numpy()))
+                del value  # before the next one is made
             file.flush()
             os.fsync(file.fileno())
     next(bar, None)

@@ -79,7 +79,7 @@ class CalibrationText:
             CorpusError: fewer samples than ranks.
         """
         least, more = divmod(self.samples, ranks)
-        if not least:
+        if least < 1:
             raise CorpusError(
                 f"data set {self.prefix}: {self.samples} calibration samples for {ranks} data-parallel ranks: give "
                 "more of them (elastic.calibration.samples, or more text), or start fewer ranks"

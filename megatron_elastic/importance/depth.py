@@ -168,7 +168,10 @@ class _Pruned:
             batches = zip(self.batches, self.streams, kept, self.references, strict=True)
             for tokens, streams, keep, reference in batches:
                 final = self._run(tokens, self.remaining, number, streams, keep)
-                yield None if final is None or reference is None else reference.to(final.device) - final
+                if final is None or reference is None or self.factor is None:
+                    yield None  # another stage has them
+                else:
+                    yield reference.to(self.factor) - final.to(self.factor)
 
         score = self._total(differences()) / self.size
         if not math.isfinite(score):

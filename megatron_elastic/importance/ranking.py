@@ -1,7 +1,7 @@
 """Ranks a parent: its scores on the calibration text of a recipe, in one process or on the ranks of a launcher."""
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +27,19 @@ def _fingerprint(path: Path) -> str:
     return hashlib.sha256((file if file.exists() else path / INDEX).read_bytes()).hexdigest()
 
 
+def dealt_flags(flags: Mapping[str, Any], samples: Iterable[int], ranks: int) -> dict[str, Any]:
+    """Megatron's flags for texts of so many samples that are dealt over data-parallel ranks.
+
+    Where ranks have unequal numbers of tokens, experts need the dispatcher that allows it: core's default one gathers
+    equal numbers from every rank.
+    """
+    return {**flags, "moe-token-dispatcher-type": "alltoall"} if any(n % ranks for n in samples) else dict(flags)
+
+
 def depth_method(recipe: Recipe, asked: str | None = None) -> str:
-    """How layers are ranked: as asked for, or `iterative` where the recipe's depth is elastic, else `none`."""
-    return asked or ("iterative" if len(recipe.family.choices["depth"]) > 1 else "none")
+    """How layers are ranked: as asked for, or `iterative` where depth is elastic and no order given, else `none`."""
+    family = recipe.family
+    return asked or ("iterative" if len(family.choices["depth"]) > 1 and not family.depth_ranking else "none")
 
 
 def removals(recipe: Recipe) -> int:
@@ -67,7 +77,8 @@ def rank_parent(
         recipe: for the parent's flags, the training data, the axes and the calibration settings.
         checkpoint: of the parent.
         out: the file; rank 0 writes it.
-        depth: `iterative`, `one-shot` or `none`; None: iterative where the recipe's depth is elastic.
+        depth: `iterative`, `one-shot` or `none`; None: iterative where the recipe's depth is elastic and it does not
+            give the order itself.
         progress: show bars on standard error (rank 0).
 
     Raises:
@@ -76,13 +87,13 @@ def rank_parent(
         ElasticError: the ranks or the sequences cannot be split as the recipe says.
     """
     path, wanted = find_checkpoint(checkpoint), recipe.calibration
-    text = CalibrationText(
-        recipe.train_data,
-        samples=wanted.samples,
-        sequence_length=wanted.sequence_length,
-        vocab=recipe.family.shape.vocab,
-    )
-    method = depth_method(recipe, depth)
+
+    def opened(samples: int) -> CalibrationText:
+        vocab, length = recipe.family.shape.vocab, wanted.sequence_length
+        return CalibrationText(recipe.train_data, samples=samples, sequence_length=length, vocab=vocab)
+
+    text, method = opened(wanted.samples), depth_method(recipe, depth)
+    depth_text = opened(min(text.samples, wanted.depth_samples))
     import torch
     from megatron.core import parallel_state
 
@@ -105,18 +116,23 @@ def rank_parent(
         "fingerprint": _fingerprint(path),
     }
     # The windows follow from the data alone; nothing is drawn.
-    facts = {**key, "seed": None, "head_channels": channels}
+    facts = {**key, "depth_samples": depth_text.samples, "seed": None, "head_channels": channels}
     low = bool(recipe.megatron.get("bf16")) and torch.cuda.is_available()
     with launched_processes(recipe.megatron) if launched() > 1 else single_process():
         rank, ranks = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
         first = torch.distributed.get_rank() == 0
-        model = build_plain_model(recipe.megatron, torch.bfloat16 if low else torch.float32)
+        flags = dealt_flags(recipe.megatron, (text.samples, depth_text.samples), ranks)
+        model = build_plain_model(flags, torch.bfloat16 if low else torch.float32)
         load_parent(model, path)
-        batches = [text.tokens(batch) for batch in text.batches(max(1, wanted.batch_size), rank, ranks)]
-        scores = collect_scores(model, _shown(batches, progress and first), facts, head_channels=channels)
+
+        def dealt(whole: CalibrationText) -> list[Tensor]:
+            return [whole.tokens(batch) for batch in whole.batches(max(1, wanted.batch_size), rank, ranks)]
+
+        scores = collect_scores(model, _shown(dealt(text), progress and first), facts, head_channels=channels)
         state = Path(f"{out}.depth.json")
         if method != "none":
-            order = _rank_depth(model, batches, recipe, method, state, key, progress and first)
+            key["samples"] = depth_text.samples
+            order = _rank_depth(model, dealt(depth_text), recipe, method, state, key, progress and first)
             scores = Scores(scores.hidden, scores.layers, scores.calibration, order)
         faults = scores.faults(recipe.family.shape)
         if faults:

@@ -20,6 +20,16 @@ from megatron_elastic.ops.kd_loss import cross_entropy, kd_loss
 from megatron_elastic.ops.sliced_parameter import sliced_parameter
 
 
+def kept_weight(linear: torch.nn.Module, segments: tuple[Segments | None, ...] | None) -> Tensor:
+    """The kept part of a linear's weight, for a product of several of them.
+
+    What waits for a gathered weight before its owner's forward waits here too.
+    """
+    for hook in tuple(linear._forward_pre_hooks.values()):
+        hook(linear, ())
+    return sliced_parameter(linear.weight, *(segments or ()))  # type: ignore[arg-type]
+
+
 class ElasticColumnParallelLinear(ColumnParallelLinear):
     """`ColumnParallelLinear` whose weight may be sliced on both dimensions."""
 

@@ -5,46 +5,32 @@ from megatron.core.ssm.mlp_layer import MLPLayer
 from megatron.core.transformer.mlp import MLP
 from torch import Tensor
 
-from megatron_elastic.axes import Segments
 from megatron_elastic.family import LayerPlan
 from megatron_elastic.layers.moe_role import MoeRole
 from megatron_elastic.layers.recompute import normed
 from megatron_elastic.masks import Masks
 
 
-def neurons(
-    mlp: MLP,
-    x: Tensor,
-    *,
-    mask: Tensor | None = None,
-    scale: Tensor | None = None,
-    fc1: tuple[Segments | None, ...] | None = None,
-    fc2: tuple[Segments | None, ...] | None = None,
-) -> Tensor:
-    """Two linears around an activation, gated or not: on all neurons, with a mask, or on a slice of them.
+def activations(mlp: MLP, neurons: Tensor, mask: Tensor | None = None, scale: Tensor | None = None) -> Tensor:
+    """What goes from the first linear of an MLP or an expert to the second.
 
     Args:
-        mlp: has elastic linears; where it is gated, a rank has the gate's rows before the others.
-        x: `[..., kept hidden]`.
-        mask: soft mask of the neurons on this rank, on the activations.
+        mlp: gated or not; where it is gated, a rank has the gate's neurons before the others.
+        neurons: `[..., kept neurons]`, twice as many where it is gated.
+        mask: soft mask of the neurons on this rank.
         scale: weight of each token, `[tokens]`.
-        fc1, fc2: kept rows and columns of the weights; None uses all of them.
 
     Returns:
-        `[..., kept hidden]`.
+        `[..., kept neurons]`.
     """
-    active, _ = mlp.linear_fc1(x, segments=fc1)
     if mlp.config.gated_linear_unit:
-        gate, linear = active.chunk(2, dim=-1)
-        active = mlp.activation_func(gate) * linear
+        gate, linear = neurons.chunk(2, dim=-1)
+        active: Tensor = mlp.config.activation_func(gate) * linear
     else:
-        active = mlp.activation_func(active)
+        active = mlp.config.activation_func(neurons)
     if mask is not None:
         active = active * mask
-    if scale is not None:
-        active = (active * scale.unsqueeze(-1)).to(active.dtype)
-    out, _ = mlp.linear_fc2(active, segments=fc2)
-    return out
+    return active if scale is None else (active * scale.unsqueeze(-1)).to(active.dtype)
 
 
 class ElasticMLP(MLP):
@@ -61,7 +47,9 @@ class ElasticMLP(MLP):
         """
         segments = plan.segments if plan is not None else {}
         fc1, fc2 = segments.get("mlp.linear_fc1.weight"), segments.get("mlp.linear_fc2.weight")
-        return neurons(self, hidden_states, mask=mask, fc1=fc1, fc2=fc2)
+        neurons, _ = self.linear_fc1(hidden_states, segments=fc1)
+        out, _ = self.linear_fc2(activations(self, neurons, mask), segments=fc2)
+        return out
 
 
 class ElasticMLPLayer(MLPLayer):

@@ -1,7 +1,7 @@
 """The elastic mixture-of-experts layer: routed experts, their neurons, the shared expert and hidden channels narrowed.
 
-Routed experts run one after the other on core's dispatchers; those of a rank that are cut run on no token and no
-neuron, so that their weights report a gradient, as data parallelism with overlap asks of every weight.
+Routed experts run on core's dispatchers, one after the other or as one grouped product. The weights of those that are
+cut report a gradient all the same, as data parallelism with overlap asks of every weight.
 """
 
 import torch
@@ -15,17 +15,24 @@ from torch import Tensor
 from megatron_elastic.axes import Segments
 from megatron_elastic.errors import ElasticError
 from megatron_elastic.family import LayerPlan
-from megatron_elastic.layers.mlp import neurons
+from megatron_elastic.layers.linear import kept_weight
+from megatron_elastic.layers.mlp import activations
 from megatron_elastic.layers.moe_role import MoeRole
 from megatron_elastic.layers.recompute import normed
 from megatron_elastic.masks import Masks
+from megatron_elastic.ops.grouped_linear import grouped_linear
+from megatron_elastic.ops.unused import unused
 
 FC1, FC2 = "mlp.experts.experts.linear_fc1.weight", "mlp.experts.experts.linear_fc2.weight"
 SHARED_FC1, SHARED_FC2 = "mlp.shared_experts.linear_fc1.weight", "mlp.shared_experts.linear_fc2.weight"
 
 
+_OfWeight = tuple[Segments | None, ...] | None
+_OfExpert = tuple[_OfWeight, _OfWeight]
+
+
 class ElasticExperts(SequentialMLP):
-    """The routed experts of this rank, one after the other."""
+    """The routed experts of this rank: with core's `moe_grouped_gemm` in one product, else one after the other."""
 
     def forward(  # type: ignore[override]
         self,
@@ -47,19 +54,39 @@ class ElasticExperts(SequentialMLP):
             `[tokens, kept hidden]`, weighted, and None.
         """
         counts = tokens_per_expert.tolist()
+        segments = [_segments_of_expert(plan, number) for number in range(len(counts))]
+        if self.config.moe_grouped_gemm:
+            return self._grouped(tokens, counts, probs, mask, segments), None
         outputs = []
-        for number, (expert, x, scale) in enumerate(
-            zip(self.local_experts, tokens.split(counts), probs.split(counts), strict=True)
-        ):
-            fc1, fc2 = (None, None) if plan is None else _segments_of_expert(plan, number)
-            outputs.append(neurons(expert, x, mask=mask, scale=scale, fc1=fc1, fc2=fc2))
+        groups = zip(self.local_experts, tokens.split(counts), probs.split(counts), segments, strict=True)
+        for expert, x, scale, (fc1, fc2) in groups:
+            neurons, _ = expert.linear_fc1(x, segments=fc1)
+            out, _ = expert.linear_fc2(activations(expert, neurons, mask, scale), segments=fc2)
+            outputs.append(out)
         return torch.cat(outputs), None
 
+    def _grouped(
+        self, tokens: Tensor, counts: list[int], probs: Tensor, mask: Tensor | None, segments: list[_OfExpert]
+    ) -> Tensor:
+        """All experts that are kept, in two products."""
+        first, second, left, cut = [], [], [], []
+        for expert, count, (fc1, fc2) in zip(self.local_experts, counts, segments, strict=True):
+            weights = kept_weight(expert.linear_fc1, fc1), kept_weight(expert.linear_fc2, fc2)
+            if weights[0].numel():
+                first.append(weights[0])
+                second.append(weights[1])
+                left.append(count)
+            else:
+                cut += [expert.linear_fc1.weight, expert.linear_fc2.weight]
+        neurons = grouped_linear(tokens, torch.stack(first), left)
+        out = grouped_linear(activations(self.local_experts[0], neurons, mask, probs), torch.stack(second), left)
+        return unused(out, *cut) if torch.is_grad_enabled() else out
 
-def _segments_of_expert(
-    plan: LayerPlan, number: int
-) -> tuple[tuple[Segments | None, ...], tuple[Segments | None, ...]]:
+
+def _segments_of_expert(plan: LayerPlan | None, number: int) -> _OfExpert:
     """Kept rows and columns of one expert's two weights: no neuron where the expert itself is cut."""
+    if plan is None:
+        return None, None
     experts, rows, hidden = plan.segments[FC1]
     _, outputs, columns = plan.segments[FC2]
     if experts is not None and not any(start <= number < stop for start, stop in experts):
@@ -75,7 +102,9 @@ class ElasticSharedExpert(SharedExpertMLP):
     ) -> Tensor:
         """`[s, b, kept hidden]` -> the same shape; `mask` `[shared_expert_ffn / TP]`, or a plan to run instead."""
         segments = {} if plan is None else plan.segments
-        return neurons(self, hidden_states, mask=mask, fc1=segments.get(SHARED_FC1), fc2=segments.get(SHARED_FC2))
+        neurons, _ = self.linear_fc1(hidden_states, segments=segments.get(SHARED_FC1))
+        out, _ = self.linear_fc2(activations(self, neurons, mask), segments=segments.get(SHARED_FC2))
+        return out
 
 
 class ElasticMoE(MoELayer):
@@ -107,6 +136,11 @@ class ElasticMoE(MoELayer):
             )
         role = MoeRole(count_tokens=True, loss_weight=1.0) if role is None else role
         of = {} if masks is None else masks.axes
+        loss_weight: float | Tensor = role.loss_weight
+        if masks is not None:
+            # The first channel is in every choice: what is left of it is the layer's own weight. A layer that is masked
+            # out has nothing to balance, like one that a slice leaves out.
+            loss_weight = loss_weight * masks.residual[0].detach()
         dispatcher = self.token_dispatcher
 
         def run(x: Tensor, experts: Tensor | None, ffn: Tensor | None, shared_ffn: Tensor | None) -> Tensor:
@@ -115,7 +149,7 @@ class ElasticMoE(MoELayer):
                 mask=experts,
                 segments=None if plan is None else plan.segments["mlp.router.weight"],
                 count_tokens=role.count_tokens,
-                loss_weight=role.loss_weight,
+                loss_weight=loss_weight,
             )
             tokens, probs = dispatcher.dispatch_preprocess(x, routing, probs)
             tokens, probs = dispatcher.token_dispatch(tokens, probs)

@@ -23,17 +23,23 @@ def main() -> None:
     megatron_compat.install()
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
-    cases = {name: (kit.FLAGS, "parent", layout) for name, layout in kit.LAYOUTS.items()}
-    for name, (flags, checkpoint, layout) in cases.items():
+    for name, (flags, layout, checkpoint, samples) in kit.LAYOUTS.items():
         with standalone.split_groups({**flags, **layout}):
-            scores = kit.measure(folder, {**flags, **layout}, checkpoint)
+            scores = kit.measure(folder, {**flags, **layout}, checkpoint, samples)
         everywhere: list[bytes | None] = [None] * dist.get_world_size()
         dist.all_gather_object(everywhere, pickle.dumps((scores.hidden.tolist(), scores.depth)))
         assert len(set(everywhere)) == 1, name
         if dist.get_rank() == 0:
             scores.save(folder / f"{name}.pt")
-    with standalone.split_groups(kit.FLAGS):
-        scores = kit.measure(folder, kit.FLAGS, data_rank=max(0, dist.get_rank() - 1))
+        if name == "EP 2 x PP 2":
+            with standalone.split_groups({**flags, **layout}):
+                again = kit.interrupted(folder, {**flags, **layout}, checkpoint, samples)
+            assert scores.depth is not None
+            assert (again.order, again.rounds) == (scores.depth.order, scores.depth.rounds)  # bit for bit
+            assert again.layer_forwards > scores.depth.layer_forwards
+    wrong = {**kit.EXPERT_FLAGS, **kit.EXPERT_LAYOUTS["EP 4"]}
+    with standalone.split_groups(wrong):
+        scores = kit.measure(folder, wrong, "experts", kit.SAMPLES, data_rank=max(0, dist.get_rank() - 1))
     if dist.get_rank() == 0:
         scores.save(folder / "another rank's text.pt")
     dist.barrier()

@@ -3,6 +3,7 @@
 Random models of transformers' own making go in, are sorted, cut and written, and transformers loads what comes out.
 """
 
+import json
 import random
 from dataclasses import replace
 from pathlib import Path
@@ -15,9 +16,11 @@ from torch import Tensor
 from megatron_elastic.budget import Selection
 from megatron_elastic.checkpoint import find_checkpoint, model_flags, read_metadata
 from megatron_elastic.extraction import extract_budget
-from megatron_elastic.hf.config import read_config
+from megatron_elastic.hf.config import SHORTEST_TIME_STEP, read_config
 from megatron_elastic.hf.exporting import export_model
 from megatron_elastic.hf.importing import import_model
+from megatron_elastic.layout import Layout
+from megatron_elastic.sorting import orders_from_scores, sort_checkpoint
 from tests.distributed.standalone_parent import logits
 from tests.unit.hf import families, folders
 
@@ -81,6 +84,7 @@ def save(folder: Path, fields: dict[str, Any]) -> Path:
             else:
                 state.normal_(std=0.2)
     model.save_pretrained(folder)
+    (folder / "tokenizer.json").write_bytes(folders.FILES["tokenizer.json"])
     return folder
 
 
@@ -179,6 +183,49 @@ def test_a_tensor_in_another_place_shows(process, tmp_path, end):
     folders.save(source, tensors)
     import_model(source, tmp_path / "imported")
     assert deviation(plain(process, tmp_path / "imported", text), original) > 1e-4
+
+
+def test_a_parent_sorted_by_importance_is_the_same_model(process, tmp_path):
+    from megatron_elastic.importance.collect import collect_scores
+
+    source = save(tmp_path / "hf", drawn(5, "M*-E"))
+    shape, text = read_config(source).shape, torch.randint(50, (2, 37), generator=torch.Generator().manual_seed(5))
+    original = theirs(source, text)
+    import_model(source, tmp_path / "imported")
+    flags = model_flags(find_checkpoint(tmp_path / "imported"))
+    model = process.build_plain_model(flags)
+    process.load_weights(model, tmp_path / "imported")
+    layout = Layout(shape, families.FFN_BLOCKS, families.EXPERT_BLOCKS)
+    sort_checkpoint(
+        tmp_path / "imported", tmp_path / "sorted", shape=shape, flags=flags, ffn_blocks=families.FFN_BLOCKS,
+        expert_blocks=families.EXPERT_BLOCKS, orders=orders_from_scores(layout, collect_scores(model, [text])),
+    )  # fmt: skip
+    export_model(tmp_path / "sorted", tmp_path / "out")
+    assert deviation(theirs(tmp_path / "out", text), original) < TOLERANCE
+    before, after = folders.read(source), folders.read(tmp_path / "out")
+    assert not any(torch.equal(before[name], after[name]) for name in before)
+    assert (tmp_path / "out" / "tokenizer.json").exists()
+
+
+def test_time_steps_that_transformers_raises_are_told(process, tmp_path):
+    source = save(tmp_path / "hf", drawn(6, "M*-"))
+    tensors = folders.read(source)
+    for name in tensors:
+        if name.endswith("dt_bias"):
+            tensors[name][0] = -9.0
+    folders.save(source, tensors, 10**9)
+    (source / "tokenizer.json").unlink()
+    import_model(source, tmp_path / "imported")
+    warnings = export_model(tmp_path / "imported", tmp_path / "out")["warnings"]
+    heads = sum(len(tensor) for name, tensor in tensors.items() if name.endswith("dt_bias"))
+    layers = sum(name.endswith("dt_bias") for name in tensors)
+    assert any(f"{layers} of {heads} Mamba heads have time steps below time_step_min 0.001" in w for w in warnings)
+    text = torch.randint(50, (2, 37), generator=torch.Generator().manual_seed(6))
+    trained = plain(process, tmp_path / "imported", text)
+    assert deviation(theirs(tmp_path / "out", text), trained) > TOLERANCE
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    (tmp_path / "out" / "config.json").write_text(json.dumps({**config, "time_step_min": SHORTEST_TIME_STEP}))
+    assert deviation(theirs(tmp_path / "out", text), trained) < TOLERANCE
 
 
 @pytest.mark.parametrize("axes", ["experts and neurons", "Mamba heads", "attention heads"])

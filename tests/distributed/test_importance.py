@@ -111,6 +111,58 @@ def test_scores_are_the_formulas(process, head_channels):
     assert not torch.allclose(judged_otherwise, expected[0, "mamba_heads"], rtol=1e-3)
 
 
+@pytest.mark.parametrize("gated", [False, True])
+def test_scores_of_experts_are_the_formulas(process, gated):
+    from tests.distributed import importance_kit as kit
+
+    flags = {**kit.EXPERT_FLAGS, "hybrid-layer-pattern": "E", "swiglu": gated, "squared-relu": not gated}
+    weights = parent.weights(kit.layout(flags))
+    model, text, name = process.build_plain_model(flags, torch.float64), parent.tokens(samples=3), "decoder.layers.0."
+    layer = model.decoder.layers[0]
+
+    def neurons(x: Tensor, fc1: Tensor) -> Tensor:
+        if not gated:
+            return x @ fc1.T
+        gate, value = (x @ fc1.T).chunk(2, dim=-1)
+        return gate / (1 + (-gate).exp()) * value
+
+    def output(x: Tensor, fc1: Tensor, fc2: Tensor) -> Tensor:
+        active = neurons(x, fc1)
+        return (active if gated else active.relu() ** 2) @ fc2.T
+
+    own = {n.removeprefix(name): t for n, t in weights.items() if n.startswith(name)}
+    fc1, fc2 = (own[f"mlp.experts.experts.linear_fc{n}.weight"] for n in (1, 2))
+    with torch.no_grad():
+        for full, parameter in model.named_parameters():
+            stock, _, number = full.partition("experts.local_experts.")
+            if number:
+                parameter.copy_(own["mlp.experts.experts." + number[2:]][int(number[0])])
+            else:
+                parameter.copy_(weights[stock])
+        layer.mlp.router.expert_bias.copy_(own["mlp.router.expert_bias"])
+        found = collect(model, text[:2], text[2:])
+        embedded = weights["embedding.word_embeddings.weight"][text].transpose(0, 1).contiguous()
+        normed = layer.pre_mlp_layernorm(embedded)
+        gates, chosen = layer.mlp.router(normed)
+        tokens = normed.flatten(0, 1)
+        gains, activity = [], []
+        for expert in range(4):
+            mine, gate = tokens[chosen[:, expert]], gates[chosen[:, expert], expert]
+            gains.append((gate * output(mine, fc1[expert], fc2[expert]).pow(2).sum(1).sqrt()).mean())
+            activity.append(neurons(mine, fc1[expert]).abs().mean(0))
+        shared = aggregate(neurons(normed, own["mlp.shared_experts.linear_fc1.weight"]).abs())
+    assert chosen.sum() == 2 * len(tokens)
+    expected = {"experts": torch.stack(gains), "expert_ffn": torch.stack(activity), "shared_expert_ffn": shared}
+    assert set(found.layers[0]) == set(expected)
+    for axis, scores in expected.items():
+        # fp64; but core's router rounds its gates to fp32, and rounding follows from the batch that a token is in.
+        exact = 1e-7 if axis == "experts" else 1e-11
+        torch.testing.assert_close(found.layers[0][axis], scores, rtol=exact, atol=0, msg=lambda m, a=axis: f"{a}: {m}")
+    # REAP is no count: how often an expert is chosen says something else.
+    assert found.layers[0]["experts"].argsort().tolist() != chosen.sum(0).argsort().tolist()
+    assert collect(model, text).faults(kit.layout(flags).shape) == []
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_useless_entries_get_the_lowest_scores(process, seed):
     generator = torch.Generator().manual_seed(seed)
@@ -191,7 +243,7 @@ def write_data(prefix, length: int, vocab: int = 60) -> None:
     builder.finalize(f"{prefix}.idx")
 
 
-def recipe(prefix, **axes):
+def recipe(prefix, length=16, **axes):
     from megatron_elastic.config import parse_recipe
 
     flags = {name: value for name, value in parent.FLAGS.items() if name != "pipeline-model-parallel-size"}
@@ -200,7 +252,7 @@ def recipe(prefix, **axes):
         "parent": "sorted", "save": "family", "train_data": str(prefix), "validation_data": str(prefix),
         "ffn_blocks": parent.BLOCKS, "axes": axes, "budgets": [{"name": "p100", "fraction": 1.0}],
         "selections": {"p100": {}}, "stages": [stage],
-        "calibration": {"samples": 5, "sequence_length": 16, "batch_size": 2},
+        "calibration": {"samples": 5, "sequence_length": length, "batch_size": 2, "depth_samples": 4},
     }  # fmt: skip
     return parse_recipe({"megatron": flags, "elastic": elastic}, world_size=2)
 
@@ -230,13 +282,25 @@ def test_rank_parent_writes_one_file(process, tmp_path, monkeypatch):
     assert len(fingerprint) == 64
     assert read.calibration == {
         "samples": 5, "sequence_length": 16, "data": str(tmp_path / "text"), "checkpoint": str(tmp_path / "parent"),
-        "seed": None, "head_channels": 3, "fingerprint": fingerprint,
+        "depth_samples": 4, "seed": None, "head_channels": 3, "fingerprint": fingerprint,
     }  # fmt: skip
     fixed = rank_parent(recipe(tmp_path / "text"), tmp_path / "parent", tmp_path / "fixed.pt")
     assert fixed.depth is None
     once = rank_parent(recipe(tmp_path / "text"), tmp_path / "parent", tmp_path / "once.pt", depth="one-shot")
     assert once.depth is not None
     assert len(once.depth.rounds) == 1
+
+
+def test_a_split_that_does_not_fit_is_refused(process, tmp_path, monkeypatch):
+    with pytest.raises(ElasticError, match="1 ranks: they must be a multiple of TP x PP = 4"), process.split_groups(
+        parent.FLAGS
+    ):
+        pass
+    write_data(tmp_path / "text", 1000)
+    parent.write(tmp_path / "parent", parent.weights())
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    with pytest.raises(ElasticError, match=r"sequence_length 15: with sequence-parallel it must be a multiple of .* 2"):
+        rank_parent(recipe(tmp_path / "text", length=15), tmp_path / "parent", tmp_path / "scores.pt")
 
 
 def test_rank_parent_checks_before_it_computes(tmp_path):

@@ -5,11 +5,13 @@ import torch
 
 from megatron_elastic.axes import AXES_OF_KIND
 from megatron_elastic.budget import Budget, Selection
+from megatron_elastic.checkpoint import find_checkpoint, read_parameter
 from megatron_elastic.errors import CheckpointError
 from megatron_elastic.extraction import cut
 from megatron_elastic.family import Family
 from megatron_elastic.flags import shape_flags
 from megatron_elastic.sorting import Orders, random_orders, sort_checkpoint
+from tests.distributed import importance_kit as kit
 from tests.distributed import standalone_parent as parent
 
 pytestmark = [
@@ -69,6 +71,31 @@ def test_the_sorted_parent_has_the_parents_logits(process, source, tmp_path, see
     assert deviation(parent.logits(after, text), parent.logits(before, text)) < 1e-12
     parameters = dict(before.named_parameters())
     assert all(not torch.equal(parameter, parameters[name]) for name, parameter in after.named_parameters())
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_a_parent_with_every_kind_of_layer_keeps_its_logits(process, tmp_path, gated):
+    flags = {**kit.EXPERT_FLAGS, "hybrid-layer-pattern": "ME*-EM", "swiglu": gated, "squared-relu": not gated}
+    layout, text = kit.layout(flags), parent.tokens()
+    kit.write_parent(tmp_path / "parent", flags)
+    orders = random_orders(layout, 0)
+    assert {axis for axes in orders.layers.values() for axis in axes} == set(layout.shape.axes) - {"hidden", "depth"}
+
+    def sort(out, orders):
+        blocks = {"ffn_blocks": parent.BLOCKS, "expert_blocks": 2}
+        sort_checkpoint(tmp_path / "parent", tmp_path / out, shape=layout.shape, flags=flags, orders=orders, **blocks)
+        return parent.logits(load(process, tmp_path / out, flags), text)
+
+    before = parent.logits(load(process, tmp_path / "parent", flags), text)
+    # The same sums in another order; core's expert router rounds its scores to fp32.
+    assert deviation(sort("sorted", orders), before) < 1e-6
+    assert deviation(sort("sorted again", random_orders(layout, 3)), before) < 1e-6
+    # One layer's experts move, and their router does not follow.
+    model = load(process, tmp_path / "sorted", flags)
+    with torch.no_grad():
+        bias = read_parameter(find_checkpoint(tmp_path / "parent"), "decoder.layers.1.mlp.router.expert_bias")
+        model.decoder.layers[1].mlp.router.expert_bias.copy_(bias)
+    assert deviation(parent.logits(model, text), before) > 1e-3
 
 
 def identity(**changed: torch.Tensor) -> Orders:

@@ -1,5 +1,6 @@
 """Ways to train through `train` itself: drawn budgets, another teacher, documents kept apart, ranks that disagree."""
 
+import json
 import re
 import shutil
 from collections.abc import Iterator
@@ -7,7 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from megatron_elastic.checkpoint import find_checkpoint, read_metadata
+from megatron_elastic.importance.scores import Scores
 from tests.end_to_end import small_run
 from tests.rank_server import RankServer, Run, hook
 
@@ -107,3 +111,37 @@ def test_a_router_that_differs_on_one_rank_stops_the_run(server: RankServer, bas
     assert "the router differs between ranks: [1] of 2 ranks hold another one than the rest" in run.text()
     assert sorted(losses(run)) == [1]
     train(server, base, tmp_path / "right", router=router)
+
+
+def test_ranks_measure_what_one_process_measures_and_sorting_keeps_the_order_of_the_layers(
+    server: RankServer, base: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(base, tmp_path / "run")
+    calibration = {"samples": 5, "sequence_length": 32, "batch_size": 2}
+    axes = {**small_run.ELASTIC["axes"], "depth": [4, 3, 2]}
+    small_run.write_recipe(tmp_path / "run", **{**ELASTIC, "calibration": calibration, "axes": axes})
+    printed = {}
+    for name, ranks in (("one", 1), ("four", 4)):
+        words = ["rank", "recipe.yaml", "--checkpoint", "sorted", "--out", f"{name}.pt", "--ranks", ranks, "--json"]
+        run = server.start(words, cwd=tmp_path / "run")
+        assert run.wait() == 0, run.text()[-3000:]
+        lines = (tmp_path / "run" / "output.txt").read_text().splitlines()
+        printed[name] = next(json.loads(line) for line in lines if line.startswith("{"))
+        assert (tmp_path / "run" / f"{name}.png").stat().st_size > 10_000
+    one, four = (Scores.load(tmp_path / "run" / f"{name}.pt") for name in ("one", "four"))
+    for number, scores in one.layers.items():
+        for axis, tensor in scores.items():
+            # fp32, in other batches and with other sums.
+            torch.testing.assert_close(four.layers[number][axis], tensor, rtol=1e-5, atol=1e-7)
+    assert one.depth is not None
+    assert four.depth is not None
+    assert four.depth.order == one.depth.order
+    assert printed["four"]["depth"]["order"] == list(one.depth.order)
+    assert printed["one"]["depth"]["layer_forwards"] == four.depth.layer_forwards == 4 + 6 + 3
+    assert {each["axis"] for each in printed["one"]["width"]} == {*axes, "mamba_head_dim"} - {"depth"}
+    words = ["sort", "recipe.yaml", "--checkpoint", "sorted", "--scores", "four.pt", "--out", "again"]
+    run = server.start(words, cwd=tmp_path / "run")
+    assert run.wait() == 0, run.text()[-3000:]
+    described = read_metadata(find_checkpoint(tmp_path / "run" / "again"))
+    assert described is not None
+    assert described.depth_ranking == one.depth.order

@@ -35,7 +35,7 @@ def roles(mode: str, micro: int) -> Roles:
     """Joint or drawn."""
     if mode.startswith("joint"):
         return JointRoles(len(WEIGHTS))
-    return SampledRoles(WEIGHTS, seed=SEED, micro_batch_size=micro)
+    return SampledRoles(WEIGHTS, seed=SEED, together=micro)
 
 
 class Text(torch.utils.data.Dataset[dict[str, Tensor]]):

@@ -9,6 +9,7 @@ import pytest
 
 HYBRID, TP = "megatron.core.models.hybrid", "megatron.core.tensor_parallel"
 MAPPINGS, TRAINING = f"{TP}.mappings", "megatron.training"
+MOE = "megatron.core.transformer.moe"
 
 # Path, its parameters in order (without self or cls), and what here relies on it.
 SIGNATURES: list[tuple[str, str, str, str]] = [
@@ -112,6 +113,64 @@ SIGNATURES: list[tuple[str, str, str, str]] = [
         "wgrad_deferral_limit tp_group gtp_remat_size",
         "layers/linear.py, through _forward_impl",
     ),
+    (
+        f"{MOE}.moe_layer",
+        "MoELayer.__init__",
+        "config submodules layer_number pg_collection is_mtp_layer name",
+        "layers/moe.py",
+    ),
+    (
+        f"{MOE}.moe_layer",
+        "MoELayer.forward",
+        "hidden_states intermediate_tensors padding_mask",
+        "layers/moe.py replaces it",
+    ),
+    (f"{MOE}.moe_layer", "MoESubmodules.__init__", "experts shared_experts router", "specs.py, layers/plain_moe.py"),
+    (
+        f"{MOE}.experts",
+        "SequentialMLP.__init__",
+        "num_local_experts config submodules pg_collection name",
+        "layers/moe.py",
+    ),
+    (
+        f"{MOE}.experts",
+        "SequentialMLP.forward",
+        "permuted_local_hidden_states tokens_per_expert permuted_probs",
+        "layers/moe.py replaces it",
+    ),
+    (
+        f"{MOE}.shared_experts",
+        "SharedExpertMLP.__init__",
+        "config submodules gate pg_collection name",
+        "layers/moe.py",
+    ),
+    (f"{MOE}.router", "TopKRouter.__init__", "config pg_collection is_mtp_layer", "layers/moe_router.py"),
+    (f"{MOE}.router", "TopKRouter.forward", "input padding_mask", "layers/moe_router.py replaces it"),
+    (
+        f"{MOE}.router",
+        "TopKRouter.attach_and_log_load_balancing_loss",
+        "activation aux_loss_coeff aux_loss aux_loss_name reduce_group needs_dp_avg valid_token_count",
+        "layers/moe_router.py",
+    ),
+    (
+        f"{MOE}.moe_utils",
+        "topk_routing_with_score_function",
+        "logits topk use_pre_softmax num_groups group_topk scaling_factor score_function expert_bias fused "
+        "router_replay dense_output precomputed_indices",
+        "layers/moe_router.py",
+    ),
+    (
+        f"{MOE}.moe_utils",
+        "switch_load_balancing_loss_func",
+        "probs tokens_per_expert total_num_tokens topk num_experts moe_aux_loss_coeff fused padding_mask",
+        "layers/moe_router.py",
+    ),
+    (
+        f"{MOE}.token_dispatcher",
+        "maybe_move_tensor_to_cpu",
+        "tensor as_numpy record_stream",
+        "cpu/adaptation.py replaces it",
+    ),
     (TP, "checkpoint", "function distribute_saved_activations args", "layers/stack.py, layers/attention.py"),
     (MAPPINGS, "copy_to_tensor_model_parallel_region", "input_ group", "layers/linear.py"),
     (MAPPINGS, "reduce_from_tensor_model_parallel_region", "input_ group", "layers/linear.py"),
@@ -202,6 +261,30 @@ SIGNATURES: list[tuple[str, str, str, str]] = [
 
 # Path, a piece of its source, and what here relies on it.
 SOURCES: list[tuple[str, str, str, str]] = [
+    (
+        f"{MOE}.moe_utils",
+        "topk_routing_with_score_function",
+        "probs = scores / (scores.sum(dim=-1, keepdim=True) + 1e-20) if topk > 1 else scores",
+        "layers/moe_router.py does the same with a mask",
+    ),
+    (
+        f"{MOE}.moe_utils",
+        "topk_routing_with_score_function",
+        "scores_for_routing = scores + expert_bias.float()",
+        "layers/moe_router.py chooses the same with a mask",
+    ),
+    (
+        f"{MOE}.router",
+        "TopKRouter._apply_expert_bias",
+        "self.local_tokens_per_expert += routing_map.sum(dim=0)",
+        "layers/moe_router.py counts the full budget's tokens",
+    ),
+    (
+        f"{MOE}.router",
+        "TopKRouter.apply_z_loss",
+        "logits, z_loss * num_local_tokens * self.tp_cp_group.size()",
+        "layers/moe_router.py scales it so",
+    ),
     (
         "megatron.core.distributed.distributed_data_parallel",
         "DistributedDataParallel._make_backward_post_hook",

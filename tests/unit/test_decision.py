@@ -20,7 +20,7 @@ from tests.unit.small_family import AXES, every_selection
 UNITS = ("parameters", "active_parameters", "memory", "flops")
 # Fewer choices on the axes that all layers share: brute force runs over 2000 combinations.
 SHORT = Deployment(context=32, prefill_chunk=32)  # a long one is nearly all of what so small a model costs
-FAMILY, VARIED = (dataclasses.replace(each, deployment=SHORT) for each in (small_family.FAMILY, small_family.VARIED))
+FAMILY, VARIED = (dataclasses.replace(f, deployment=SHORT) for f in (small_family.FAMILY, small_family.VARIED))
 FEW = {**FAMILY.choices, "hidden": (12, 8, 6), "mamba_head_dim": (2,), "attention_heads": (8,), "depth": (5, 3)}
 SMALL = dataclasses.replace(VARIED, choices=FEW)
 Scores = dict[str, list[list[float]]]

@@ -40,12 +40,12 @@ REFUSED_AND_ALLOWED: dict[str, tuple[Any, Any]] = {
     "async-strategy": ("nvrx", "mcore"),
     "rerun-mode": ("report_stats", "validate_results"),
     "mtp-num-layers": (1, None),
-    "num-experts": (4, None),
     "untie-embeddings-and-output-weights": (None, True),
     "disable-bias-linear": (False, True),
     "add-qkv-bias": (True, None),
-    "swiglu": (True, False),
     "quick-geglu": (True, None),
+    "glu-linear-offset": (1.0, 0.0),
+    "activation-func-clamp-value": (7.0, None),
     "qk-layernorm": (True, None),
     "qk-l2-norm": (True, None),
     "attention-output-gate": (True, None),
@@ -56,6 +56,33 @@ REFUSED_AND_ALLOWED: dict[str, tuple[Any, Any]] = {
     "apply-layernorm-1p": (True, None),
     "use-mup": (True, None),
     "is-hybrid-model": (True, None),
+    "moe-layer-freq": (2, 1),
+    "moe-use-upcycling": (True, None),
+    "moe-single-grouped-weight": (True, None),
+    "moe-single-grouped-bias": (True, None),
+    "moe-latent-size": (64, None),
+    "moe-shared-expert-gate": (True, None),
+    "moe-shared-expert-overlap": (True, False),
+    "use-grouped-gemm-for-shared-expert": (True, None),
+    "moe-mlp-glu-interleave-size": (32, None),
+    "moe-shared-expert-glu-interleave-size": (32, None),
+    "moe-apply-probs-on-input": (True, None),
+    "moe-router-load-balancing-type": (["aux_loss", "global_aux_loss"], ["aux_loss", "seq_aux_loss"]),
+    "recompute-modules": (["moe_act"], ["moe", "layernorm"]),
+    "moe-router-num-groups": (4, None),
+    "moe-router-group-topk": (2, None),
+    "moe-expert-capacity-factor": (1.25, None),
+    "moe-expert-rank-capacity-factor": (1.5, None),
+    "moe-input-jitter-eps": (0.01, None),
+    "moe-router-force-load-balancing": (True, None),
+    "moe-router-force-biased": (1.0, None),
+    "moe-router-fusion": (True, False),
+    "moe-enable-routing-replay": (True, None),
+    "moe-routing-trace-path": ("traces", None),
+    "moe-token-dispatcher-type": ("flex", "alltoall"),
+    "moe-enable-deepep": (True, None),
+    "overlap-moe-expert-parallel-comm": (True, None),
+    "overlap-dispatch-backward-with-experts-wgrad": (True, None),
 }
 OWNED = [row.flag for row in REFUSALS if row.reason.startswith("set by the elastic section")]
 
@@ -97,7 +124,8 @@ def test_what_the_elastic_section_sets_may_not_be_set_twice(flag: str) -> None:
         ("tied embeddings", {"untie-embeddings-and-output-weights": False}),
         ("biases of linears", {"disable-bias-linear": False}),
         ("QKV bias", {"add-qkv-bias": True}),
-        ("gated MLP", {"swiglu": True}),
+        ("latent experts", {"moe-latent-size": 64}),
+        ("gate on the shared expert", {"moe-shared-expert-gate": True}),
         ("qk-norm", {"qk-layernorm": True}),
         ("output gate", {"attention-output-gate": True}),
         ("multi-latent attention", {"multi-latent-attention": True}),
@@ -171,6 +199,49 @@ def test_shape_follows_the_flags_and_back() -> None:
     assert model_shape({**GOOD, "hybrid-layer-pattern": "M-M*-|M-M*-"}, []) == shape
 
 
+MOE: dict[str, Any] = {
+    **GOOD,
+    "tensor-model-parallel-size": 2,
+    "sequence-parallel": True,
+    "hybrid-layer-pattern": "ME*E",
+    "swiglu": True,
+    "num-experts": 8,
+    "moe-ffn-hidden-size": 48,
+    "moe-shared-expert-intermediate-size": 96,
+    "moe-router-topk": 2,
+    "moe-router-score-function": "sigmoid",
+    "moe-router-enable-expert-bias": True,
+}
+
+
+def test_a_moe_parents_shape_follows_the_flags_and_back() -> None:
+    assert flag_faults(MOE) == []
+    shape = model_shape(MOE, [])
+    assert shape is not None
+    assert (shape.experts, shape.expert_ffn, shape.shared_expert_ffn, shape.top_k, shape.ffn) == (8, 48, 96, 2, 0)
+    assert shape.expert_bias
+    assert shape.gated
+    small = shape.resized({"experts": 4, "expert_ffn": 24, "shared_expert_ffn": 48})
+    assert model_shape(shape_flags(small, MOE), []) == small
+    assert model_shape({**MOE, "swiglu": False, "moe-router-enable-expert-bias": False}, []) != shape
+
+
+@pytest.mark.parametrize(
+    ("flags", "text"),
+    [
+        ({"num-experts": None}, "megatron.num-experts: None must be a whole number"),
+        ({"moe-router-topk": 9}, "top_k 9 must lie in 1..8"),
+        ({"hybrid-layer-pattern": "M*-"}, "'M*-' has no layer E for them"),
+        ({"sequence-parallel": False}, "megatron.sequence-parallel: required with MoE layers"),
+    ],
+)
+def test_a_moe_parent_that_cannot_be_is_told(flags: dict[str, Any], text: str) -> None:
+    faults: list[str] = []
+    assert model_shape({**MOE, **flags}, faults) is None
+    assert len(faults) == 1
+    assert text in faults[0]
+
+
 def test_the_vocabulary_is_padded_as_megatron_pads_it() -> None:
     flags = {"vocab-size": 1000, "make-vocab-size-divisible-by": 64}
     assert padded_vocabulary(flags) == 1024
@@ -181,4 +252,5 @@ def test_the_vocabulary_is_padded_as_megatron_pads_it() -> None:
 def test_flags_become_a_command_line() -> None:
     flags = {"bf16": True, "fp8": False, "lr": 1e-3, "blend": [1, "a", 2, "b"], "none": None}
     assert to_argv(flags) == ["--bf16", "--lr", "0.001", "--blend", "1", "a", "2", "b"]
-    assert to_argv({"hybrid-layer-pattern": "-*M"}) == ["--hybrid-layer-pattern=-*M"]
+    # What begins like a flag is joined to its own: argparse would take it for another one.
+    assert to_argv({"hybrid-layer-pattern": "-M*"}) == ["--hybrid-layer-pattern=-M*"]

@@ -25,6 +25,7 @@ case "$*" in
     echo "pip $*" >>"$LOG"
     eval "${PIP:-}" ;;
   "-m megatron_elastic"*) echo "ran ${*:3}" ;;
+  "-m torch.distributed.run"*) echo "ran ${*:2}" ;;
   *) exit 1 ;;
 esac
 """
@@ -325,9 +326,22 @@ def test_the_nodes_part_is_started_with_torchruns_command(machine: Machine) -> N
     )
 
 
+def test_ranking_is_one_start_of_torchrun_with_its_own_options(machine: Machine) -> None:
+    own = ["rank", "recipe.yaml", "--checkpoint", "parent", "--out", "scores.pt"]
+    run = torchrun(machine, *own, "--depth", "none", **SLURM)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout == (
+        "ran torch.distributed.run --nnodes 4 --node-rank 2 --nproc-per-node 8 --master-addr gpu07 --max-restarts 0 "
+        f"--rdzv-conf timeout=600 --master-port 15012 -m megatron_elastic {' '.join(own)} --depth none\n"
+    )
+    assert chosen(torchrun(machine, "--dry-run", *own, **SLURM))["rest"] == f"-m megatron_elastic {' '.join(own)}"
+
+
 @pytest.mark.parametrize(
     ("arguments", "variables", "faults"),
     [
+        (["rank"], {}, ["RECIPE are what is given"]),
+        (["rank", "--checkpoint", "parent"], {}, ["RECIPE is '--checkpoint'"]),
         (["--nnodes", "2", "train", "recipe.yaml"], {}, ["--master-addr is missing"]),
         (["--nnodes", "2", "--node-rank", "2", "--master-addr", "a", "train", "recipe.yaml"], {}, ["0 to 1"]),
         (["--nnodes", "1", "train", "recipe.yaml"], SLURM, ["--node-rank is '2'"]),

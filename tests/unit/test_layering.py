@@ -31,7 +31,6 @@ LEVELS = {
     "recipe_family": 3,
     "config": 3,
     "ops": 4,
-    "recipe_checks": 4,
     "checkpoint": 4,
     "layers": 5,
     "specs": 5,
@@ -48,6 +47,7 @@ LEVELS = {
 }
 # Beside the trunk: the highest trunk level that each may import; nothing in the trunk imports them.
 BESIDE = {
+    "recipe_checks": 4,
     "asked": 4,
     "dry_run": 7,
     "corpus": 4,
@@ -74,8 +74,8 @@ TORCH_ONLY = {name for name, level in LEVELS.items() if level <= 4} | {
     "sorting",
 }
 TORCH_ONLY_PACKAGES = {"torch", "numpy", "yaml"} | set(sys.stdlib_module_names)
-TRAINING_IMPORTERS = {"training", "dry_run", "forward_step", "loss_checks", "metrics", "evaluation", "importance"}
-TRAINING_IMPORTERS |= {"standalone"}
+TRAINING_IMPORTERS = {"training", "dry_run"}
+TRAINING_IMPORTERS |= {"forward_step", "loss_checks", "metrics", "evaluation", "importance", "standalone"}
 TRAINING_IMPORTERS |= ENGINE
 # The model's configuration and builder are registered under megatron.training.models: that part is open to the model.
 MODELS_IMPORTERS = {"model"}

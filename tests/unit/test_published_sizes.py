@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from megatron_elastic.budget import Selection
 from megatron_elastic.config import load_recipe
 from megatron_elastic.cost_model import parameters
+from megatron_elastic.hf.config import read_config
 from megatron_elastic.layout import ModelShape
 from megatron_elastic.planning import propose, restricted
 from tests.unit import published
@@ -49,6 +50,11 @@ def test_published_sizes(name: str) -> None:
     total, active, billions, active_billions = SIZES[name]
     assert counts(published.shape(name)) == (total, active)
     assert (round(total / 1e9, 2), round(active / 1e9, 2)) == (billions, active_billions)
+
+
+@pytest.mark.parametrize("name", published.NAMES)
+def test_configurations_are_read_as_they_are(name: str) -> None:
+    assert read_config(published.DATA / name).shape == published.shape(name)
 
 
 @pytest.mark.parametrize("name", published.NAMES)

@@ -152,7 +152,7 @@ def test_students_go_from_narrow_to_full() -> None:
 
 def drawn(micro: int, world: int, *, consumed: int = 0, seed: int = 3, steps: int = 6) -> list[dict[int, int]]:
     """Base sample -> budget of each optimizer step, over all ranks; the global batch has 8 base samples."""
-    kind = SampledRoles((0.5, 0.3, 0.2), seed=seed, micro_batch_size=micro)
+    kind = SampledRoles((0.5, 0.3, 0.2), seed=seed, together=micro)
     dataset = roles(micro * world, samples=64, roles=kind)
     streams = [sampler(dataset, micro, rank, world, consumed) for rank in range(world)]
     found = []
@@ -179,11 +179,11 @@ def test_draws_do_not_depend_on_the_data_parallel_size(micro: int) -> None:
 
 
 def test_budgets_come_as_often_as_they_weigh() -> None:
-    kind = SampledRoles((0.5, 0.3, 0.2), seed=9, micro_batch_size=1)
+    kind = SampledRoles((0.5, 0.3, 0.2), seed=9, together=1)
     count = 20_000
     found = Counter(kind.budget(1, sample) for sample in range(count))
     for budget, share in enumerate((0.5, 0.3, 0.2)):
         # Four standard deviations of a share of 20,000 draws.
         assert abs(found[budget] / count - share) < 4 * (share * (1 - share) / count) ** 0.5
-    assert {SampledRoles((0.0, 1.0), seed=1, micro_batch_size=1).budget(1, i) for i in range(100)} == {1}
-    assert {SampledRoles((1.0, 0.0), seed=1, micro_batch_size=1).budget(1, i) for i in range(100)} == {0}
+    assert {SampledRoles((0.0, 1.0), seed=1, together=1).budget(1, i) for i in range(100)} == {1}
+    assert {SampledRoles((1.0, 0.0), seed=1, together=1).budget(1, i) for i in range(100)} == {0}

@@ -1,16 +1,17 @@
 """Sorting: what moves where, on a checkpoint small enough to check by hand."""
 
 import dataclasses
+import shutil
 
 import pytest
 import torch
 
 from megatron_elastic.checkpoint import find_checkpoint, parameters, read_common, read_metadata, read_parameter
 from megatron_elastic.errors import CheckpointError
-from megatron_elastic.importance.scores import Scores
+from megatron_elastic.importance.scores import DepthRanking, Scores
 from megatron_elastic.layout import Layout, ModelShape
 from megatron_elastic.metadata import Metadata
-from megatron_elastic.sorting import Orders, orders_from_scores, random_orders, sort_checkpoint
+from megatron_elastic.sorting import Orders, orders_from_scores, random_orders, sort_checkpoint, sort_parent
 from tests.unit import small_parent as parent
 
 SHAPE, LAYOUT = parent.SHAPE, parent.LAYOUT
@@ -234,3 +235,41 @@ def test_experts_are_dealt_over_their_blocks_and_neurons_over_theirs():
         assert found["expert_ffn"][expert].tolist() == [ranked[i] for i in (0, 4, 1, 5, 2, 6, 3, 7)]
     with pytest.raises(CheckpointError, match=r"layer 0, expert_ffn: \(8,\) scores, the parent has 4 x 8 entries"):
         orders_from_scores(layout, Scores(torch.rand(6), {0: {**made, "expert_ffn": torch.rand(8)}}))
+
+
+def elastic_depth(**other):
+    from megatron_elastic.config import parse_recipe
+
+    stage = {"iterations": 1, "sequence_length": 8, "global_batch_size": 1, "micro_batch_size": 1, "weights": [1.0]}
+    flags = {
+        **parent.FLAGS, "make-vocab-size-divisible-by": 2, "position-embedding-type": "none", "hidden-dropout": 0.0,
+        "untie-embeddings-and-output-weights": True, "disable-bias-linear": True, "attention-dropout": 0.0,
+        "calculate-per-token-loss": True,
+    }  # fmt: skip
+    elastic = {
+        "parent": "sorted", "save": "family", "train_data": "text", "validation_data": "text", "stages": [stage],
+        "ffn_blocks": parent.BLOCKS, "axes": {"depth": [3, 2]}, "budgets": [{"name": "p100", "fraction": 1.0}],
+        "selections": {"p100": {}}, **other,
+    }  # fmt: skip
+    return parse_recipe({"megatron": flags, "elastic": elastic})
+
+
+def test_elastic_depth_needs_an_order_of_the_layers(tmp_path):
+    parent.write(tmp_path / "parent", parent.weights())
+    made = scores()
+    made.save(tmp_path / "without.pt")
+    depth = DepthRanking("one-shot", (2, 1, 0), ({0: 0.3, 1: 0.2, 2: 0.1},), 6, 9)
+    dataclasses.replace(made, depth=depth).save(tmp_path / "with.pt")
+
+    def ranking(recipe, name):
+        path = sort_parent(recipe, tmp_path / "parent", tmp_path / f"{name}.pt", tmp_path / "sorted")
+        found = read_metadata(find_checkpoint(path))
+        shutil.rmtree(tmp_path / "sorted")
+        return found.depth_ranking
+
+    with pytest.raises(CheckpointError, match=r"depth is elastic.*rank the parent with --depth iterative"):
+        ranking(elastic_depth(), "without")
+    assert ranking(elastic_depth(), "with") == (2, 1, 0)
+    # What the recipe says comes first.
+    assert ranking(elastic_depth(depth_ranking=[1, 2, 0]), "without") == (1, 2, 0)
+    assert ranking(elastic_depth(depth_ranking=[1, 2, 0]), "with") == (1, 2, 0)

@@ -1,6 +1,7 @@
 """`megatron-elastic plan`: one JSON object, an aligned table, and nothing heavy imported for a configuration."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -90,6 +91,7 @@ def test_targets_in_every_unit(capsys: pytest.CaptureFixture[str], tmp_path: Pat
     result = plan(
         capsys, "--hf-config", folder, "--target", 100, "--unit", "latency", "--latency-table", table, "--count", 1
     )
+    assert result["budgets"][0]["latency"] == result["budgets"][0]["reached"] < result["parent"]["latency"]
     assert result["budgets"][0]["reached"] == pytest.approx(53 * result["budgets"][0]["selection"]["hidden"] / 1000)
 
 
@@ -138,6 +140,22 @@ def test_a_recipe_is_told_whole(capsys: pytest.CaptureFixture[str]) -> None:
     assert any("FP8 GEMMs" in warning for warning in result["warnings"])
     given = plan(capsys, RECIPES / "nemotron_nano_v2_12b_to_9b_6b.yaml", "--gpus", 64)["run"]
     assert given["DP"] == 4
+
+
+@pytest.mark.slow
+def test_a_gpu_holds_what_the_built_model_has(capsys: pytest.CaptureFixture[str]) -> None:
+    """A rank's model, built by Megatron itself without storage: weights, teacher, gradients, Adam's state."""
+    recipe = RECIPES / "nemotron_3_nano_30b_a3b_to_23b_12b.yaml"
+    command = [sys.executable, "-m", "megatron_elastic", "train", str(recipe), "--ranks", "64", "--dry-run", "--json"]
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True, timeout=500)
+    (built,) = json.loads(done.stdout)["stages"]
+    counted = plan(capsys, recipe, "--gpus", 64)["memory_per_gpu"]
+    assert counted["gradients"] == built["gradient_bytes"]
+    # Mamba's A_log and D stay in fp32, two numbers a head; the optimizer's shares are rounded up to whole numbers.
+    for name in ("weights", "teacher", "optimizer"):
+        assert counted[name] == pytest.approx(built[f"{name}_bytes"], rel=1e-6)
+    assert plan(capsys, recipe, "--gpus", 128)["memory_per_gpu"]["optimizer"] < 0.9 * built["optimizer_bytes"]
 
 
 def test_the_table_is_aligned(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,5 +1,6 @@
 """A family without training: an import, sorted at random, with its selections decided."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,13 +30,14 @@ def half(config: dict[str, Any]) -> Selection:
     return Selection(**kept, skipped=(3,))
 
 
-def write(source: Path, folder: Path, *selections: Selection) -> Path:
+def write(source: Path, folder: Path, *selections: Selection, biased: bool = True) -> Path:
     """A family of an imported model: budgets `b0` (all of it), `b1`, and so on.
 
     Args:
         source: the model in Hugging Face's format.
         folder: for `imported`, `sorted` and `family`.
         selections: of the budgets from `b1` on.
+        biased: whether the routers of the family keep the experts' biases.
     """
     model = read_config(source)
     blocks = {"ffn_blocks": FFN_BLOCKS, "expert_blocks": EXPERT_BLOCKS}
@@ -47,10 +49,13 @@ def write(source: Path, folder: Path, *selections: Selection) -> Path:
     path = checkpoint.find_checkpoint(folder / "sorted")
     kept = (full(model.raw), *selections)
     budgets = tuple(Budget(f"b{number}", 1 / (number + 1)) for number in range(len(kept)))
-    described = Family(shape=model.shape, choices={}, budgets=budgets, **blocks)
+    shape = model.shape if biased else replace(model.shape, expert_bias=False)
+    described = Family(shape=shape, choices={}, budgets=budgets, **blocks)
     infos = {
         name: info for name, info in checkpoint.model_tensor_names(path).items() if not name.startswith("elastic.")
     }
+    if not biased:
+        infos = {name: info for name, info in infos.items() if not name.endswith("expert_bias")}
 
     def lazy(name: str) -> checkpoint.LazyTensor:
         info = infos[name]

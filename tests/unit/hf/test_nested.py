@@ -77,3 +77,16 @@ def test_a_nested_export_needs_a_family(made: tuple[dict[str, Any], Path]) -> No
     _, root = made
     with pytest.raises(CheckpointError, match="are for a family"):
         export_model(root / "sorted", root / "new", nested=True)
+
+
+def test_routers_without_a_bias_have_a_bias_of_zero(tmp_path: Path) -> None:
+    source = folders.write(tmp_path / "hf", folders.MOE)
+    family = families.write(source, tmp_path, families.half(folders.MOE), biased=False)
+    export_model(family, tmp_path / "nested", nested=True)
+    export_model(family, tmp_path / "b1", budget="b1")
+    assert slice_(tmp_path / "nested", "--budget", "b1", "--out", str(tmp_path / "cut")).returncode == 0
+    cut = folders.read(tmp_path / "cut")
+    assert folders.same(cut, folders.read(tmp_path / "b1"))
+    biases = [tensor for name, tensor in cut.items() if name.endswith("e_score_correction_bias")]
+    assert biases
+    assert not any(bias.any() for bias in biases)
