@@ -34,7 +34,7 @@ FAMILY = Family(
     depth_ranking=(1, 3, 2),
     budgets=(Budget("p100", 1.0), Budget("p50", 0.5)),
 )
-# fp64: a slice may be summed in pieces; the worst of some thousand drawn ones was 2e-13.
+# fp64: some hundred roundings of 1e-16 in each sum, as in test_equalities.py; a slice may be summed in pieces.
 TOLERANCE = 1e-11
 
 
