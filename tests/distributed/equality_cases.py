@@ -1,5 +1,6 @@
 """masked == sliced == extracted, forward and gradients, in fp64, and the faults that must break it."""
 
+import dataclasses
 import random
 from collections.abc import Callable
 from typing import Any
@@ -14,6 +15,7 @@ from torch import Tensor
 from megatron_elastic.budget import Selection
 from megatron_elastic.cost_model import parameters
 from megatron_elastic.layers import norm as norm_layers
+from megatron_elastic.layers import stack
 from megatron_elastic.layout import Layout
 from megatron_elastic.masks import one_hot
 from megatron_elastic.sorting import random_orders
@@ -182,12 +184,16 @@ def rotary() -> dict[str, float]:
     }
 
 
-def _with_fault(break_it: Callable[[Any], Callable[[], None]], how: Callable[[Selection], dict[str, Any]]) -> float:
+def _with_fault(
+    break_it: Callable[[Any], Callable[[], None]],
+    how: Callable[[Selection], dict[str, Any]],
+    which: str = "smallest",
+) -> float:
     """Distance between a path with a fault and the extracted model."""
     kit.layout_of_ranks()
     model = kit.elastic_model()
     target = teacher_logits_of(model)
-    selection = chosen_selections()["smallest"]
+    selection = chosen_selections()[which]
     want = extracted(selection, target)
     mend = break_it(model)
     try:
@@ -214,6 +220,47 @@ def _unmasked_residual(model: Any) -> Callable[[], None]:
         layer.pre_mlp_layernorm(x, width=k["masks"].hidden.sum()), mask=k["masks"].axes["ffn"]
     )
     return lambda: layer.__dict__.pop("forward")
+
+
+def _skipped_layer_is_added(model: Any) -> Callable[[], None]:
+    """A layer that depth leaves out adds to the residual stream all the same."""
+    tables = model.decoder.mask_tables
+    right = tables.of_layer
+
+    def wrong(mixed: Any, number: int) -> Any:
+        found = right(mixed, number)
+        return dataclasses.replace(found, residual=found.hidden)
+
+    tables.of_layer = wrong
+    return lambda: tables.__dict__.pop("of_layer")
+
+
+def _other_layer_is_skipped(model: Any) -> Callable[[], None]:
+    """A slice leaves out the neighbour of the layer that it should."""
+    plans = model.decoder.plans
+    selection = chosen_selections()["smallest"]
+    plan = plans.of(selection)
+    layers = list(plan.layers)
+    layers[1], layers[4] = (dataclasses.replace(layers[n], skipped=s) for n, s in ((1, True), (4, False)))
+    plans._made[selection] = dataclasses.replace(plan, layers=tuple(layers))
+    return lambda: plans._made.__setitem__(selection, plan)
+
+
+def _channels_as_one_axis(model: Any) -> Callable[[], None]:
+    """The channels of Mamba heads are cut as a plain prefix of each group, not inside every head."""
+    plan = model.decoder.plans.of(chosen_selections()["mamba_head_dim"]).layers[0]
+    right = plan.segments["mixer.out_proj.weight"]
+    group, kept = 16, sum(stop - start for start, stop in right[1]) // 2
+    plan.segments["mixer.out_proj.weight"] = (right[0], tuple((g * group, g * group + kept) for g in range(2)))
+    return lambda: plan.segments.__setitem__("mixer.out_proj.weight", right)
+
+
+def _first_layers_sizes(model: Any) -> Callable[[], None]:
+    """All layers are masked as the first of their kind."""
+    tables = model.decoder.mask_tables
+    right = tables.of_layer
+    tables.of_layer = lambda mixed, number: right([mask[:1] for mask in mixed], number)
+    return lambda: tables.__dict__.pop("of_layer")
 
 
 def _final_norm_over_full_width(model: Any) -> Callable[[], None]:
@@ -269,14 +316,58 @@ def faults() -> dict[str, float]:
         "FFN": _with_fault(lambda m: _other_columns(m, "mlp.linear_fc1.weight"), sliced),
         "QKV": _with_fault(lambda m: _other_columns(m, "self_attention.linear_qkv.weight"), sliced),
         "SSM groups": _with_fault(_plain_prefix_of_heads, sliced),
+        "depth, masked": _with_fault(_skipped_layer_is_added, soft),
+        "depth, sliced": _with_fault(_other_layer_is_skipped, sliced),
+        "head channels": _with_fault(_channels_as_one_axis, sliced, "mamba_head_dim"),
+        "layers that differ": _with_fault(_first_layers_sizes, soft, "varied"),
         "extraction": _extracted_in_another_order(),
         "none": _with_fault(lambda m: lambda: None, sliced),
     }
 
 
+def reports(model: Any, selection: Selection) -> tuple[list[str], list[str]]:
+    """The order in which a slice calls the modules that own weights, and the order in which gradients come."""
+    called: list[str] = []
+    reported: list[str] = []
+    hooks = [
+        module.register_forward_pre_hook(lambda *_, name=name: called.append(name))
+        for name, module in model.named_modules()
+        if list(module.parameters(recurse=False))
+    ]
+    hooks += [
+        parameter.register_post_accumulate_grad_hook(lambda _, name=name: reported.append(name))
+        for name, parameter in model.named_parameters()
+    ]
+    outcome(model, LAYOUT, teacher_logits_of(model), selection=selection)
+    for hook in hooks:
+        hook.remove()
+    return called, reported
+
+
+def orders() -> dict[str, float]:
+    """1 where a slice that leaves layers out reports in the order of one that runs them, as DDP's buckets ask."""
+    kit.layout_of_ranks()
+    model = kit.elastic_model()
+    want, fewer = reports(model, kit.FAMILY.full), kit.narrow(depth=4)
+    right = reports(model, fewer)
+    layer = model.decoder.layers[5]
+    plain = [name for name, _ in layer.named_parameters(prefix="decoder.layers.5")]
+    stack._skip, mend = (lambda layer, plan, x: x), stack._skip
+    try:
+        silent = reports(model, fewer)
+    finally:
+        stack._skip = mend
+    return {
+        "calls": float(right[0] == want[0] and len(set(want[0])) == len(want[0])),
+        "gradients": float(right[1] == want[1] and len(want[1]) == len(LAYOUT.parameters())),
+        "layers that say nothing": float(silent[0] == want[0] or silent[1] == want[1]),
+        "order of the parameters": float([n for n in want[1] if n in plain] == plain[::-1]),
+    }
+
+
 def run_all() -> dict[str, dict[str, float]]:
     """Case -> errors; the worst over ranks."""
-    results = {"tp1": equalities(1), "tp2": equalities(2), "faults": faults(), "rope": rotary()}
+    results = {"tp1": equalities(1), "tp2": equalities(2), "faults": faults(), "rope": rotary(), "orders": orders()}
     everyone: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, results)
     return {case: {k: max(one[case][k] for one in everyone) for k in errors} for case, errors in results.items()}

@@ -9,7 +9,10 @@ from tests.distributed.launch import run_ranks
 
 # fp64, forward and gradients: sums of some hundred terms in another order. The inserted faults are 1e12 times as large.
 TOLERANCE = 1e-11
-FAULTS = ("gated norm", "residual stream", "final norm", "LM head", "FFN", "QKV", "SSM groups", "extraction")
+FAULTS = (
+    *("gated norm", "residual stream", "final norm", "LM head", "FFN", "QKV", "SSM groups", "extraction"),
+    *("depth, masked", "depth, sliced", "head channels", "layers that differ"),
+)
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +54,13 @@ def test_selections_differ(errors: dict[str, dict[str, float]], layout: str) -> 
 def test_a_fault_in_one_path_shows(errors: dict[str, dict[str, float]], fault: str) -> None:
     assert errors["faults"][fault] > 1e-2
     assert errors["faults"]["none"] < TOLERANCE
+
+
+def test_layers_that_are_left_out_report_as_those_that_run(errors: dict[str, dict[str, float]]) -> None:
+    """Data-parallel ranks gather and reduce buckets in the order of these reports, whatever budgets they run."""
+    assert errors["orders"]["calls"] == errors["orders"]["gradients"] == 1.0
+    assert errors["orders"]["layers that say nothing"] == 0.0
+    assert errors["orders"]["order of the parameters"] == 0.0
 
 
 def test_rotary_positions(errors: dict[str, dict[str, float]]) -> None:

@@ -126,6 +126,8 @@ def reference(mode: str, micro: int, dtype: torch.dtype) -> dict[str, Any]:
                 counted += mask.sum().to(torch.int)
         # Core multiplies by 1 / tokens as it comes out in fp32: the one rounding that is not the maths' own.
         for parameter in model.parameters():
+            if parameter.grad is None:  # of a layer that no drawn slice has: core's optimizer steps it with zeros
+                parameter.grad = torch.zeros_like(parameter)
             parameter.grad *= torch.reciprocal(counted)
         penalties = [router.penalty(budget, made[budget]) for budget in range(len(WEIGHTS))]
         if soft:

@@ -93,7 +93,8 @@ def run(mode: str, layout: Layout, *, faulty: bool = False) -> dict[str, Any]:
         overlap_grad_reduce=layout.overlap,
         use_distributed_optimizer=layout.distributed_optimizer,
         overlap_param_gather=layout.overlap and layout.distributed_optimizer,
-        bucket_size=5000,  # several buckets a chunk, as a large model has
+        # Several buckets a chunk, as a large model has; where they are reduced on the way, several a layer.
+        bucket_size=500 if layout.overlap else 5000,
         average_in_collective=False,
     )
     wrapped = [DistributedDataParallel(config, ddp, chunk, disable_bucketing=n > 0) for n, chunk in enumerate(chunks)]

@@ -31,7 +31,9 @@ Made by `bash tests/exactness.sh`. A small family (pattern `{pattern}`, {paramet
 teacher that differs from the parent) makes {steps} optimizer steps of {samples} base samples on each layout,
 through core's own schedules, DDP and optimizer, with the product's forward step; and a plain loop on one process
 makes them too, without schedule, DDP, leaf copies or any code of a parallel layout. Same weights, same data
-(through the role data set and Megatron's sampler arithmetic), same noise.
+(through the role data set and Megatron's sampler arithmetic), same noise. Every axis of dense layers is narrowed,
+depth included; MLPs and Mamba heads are chosen layer by layer, and the smaller slice leaves a layer out. Where
+reductions overlap, DDP's buckets are smaller than a layer.
 
 - Error: max|a - b| / max|b| of the worst tensor over all ranks. Gradients, penalty, selections and the first losses
   are those of the first step; Adam has a large epsilon, so that roundings of tiny gradients do not become steps of

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from megatron_elastic.budget import Selection
+from megatron_elastic.errors import ElasticError
 from megatron_elastic.family import Family
 from megatron_elastic.router import RouterTrainer
 from tests.unit.small_family import AXES, FAMILY, VARIED, every_selection, narrow
@@ -256,3 +257,93 @@ def test_without_a_selection_within_the_tolerance_the_nearest_is_taken() -> None
         target = FAMILY.budgets[budget].fraction
         distance = {s: abs(cost(s) / PARENT - target) for s in every_selection()}
         assert distance[decided[budget]] == min(distance.values())
+
+
+# Hard masks.
+
+
+def test_a_share_of_the_steps_runs_hard_masks_with_the_gradient_of_the_soft_ones() -> None:
+    """Straight-through: the leaves are certain, and their gradient is taken for that of the probabilities."""
+    always, never, half = (RouterTrainer(make(VARIED, hard_share=share), WEIGHTS) for share in (1.0, 0.0, 0.5))
+    for budget in (1, 2):
+        hard, soft = always.leaves(3, budget), never.leaves(3, budget)
+        for axis in AXES:
+            most = soft[axis].argmax(1, keepdim=True)
+            assert torch.equal(hard[axis], torch.zeros_like(soft[axis]).scatter(1, most, 1.0))
+            assert not torch.equal(hard[axis], soft[axis])
+            assert hard[axis].is_leaf
+            assert hard[axis].requires_grad
+    gradients = []
+    for trainer in (always, never):
+        backward(trainer, 3)
+        trainer.reduce(torch.tensor(1))
+        assert trainer._pending is not None
+        gradients.append(torch.autograd.grad(trainer.loss(3, trainer._pending), list(trainer.router.parameters())))
+    for hard_gradient, soft_gradient in zip(*gradients, strict=True):
+        assert torch.equal(hard_gradient, soft_gradient)  # `backward` is linear in the leaves
+    drawn = [half.router.is_hard(1, step) for step in range(400)]
+    # Four deviations of 400 fair draws.
+    assert 160 < sum(drawn) < 240
+    assert drawn == [make(hard_share=0.5).is_hard(1, step) for step in range(400)]
+    assert drawn != [half.router.is_hard(2, step) for step in range(400)]
+
+
+# Sizes between two budgets.
+
+
+def test_a_size_between_two_budgets_is_decided_between_them() -> None:
+    router = make(std=2.0)
+    for fraction in (0.9, 0.7, 0.6, 0.55):
+        found = router.decide_between(fraction, 49)
+        assert abs(cost(found) / (fraction * PARENT) - 1) <= router.config.tolerance
+        assert found == make(std=2.0).decide_between(fraction, 49)
+    assert router.decide_between(0.6, 49) != router.decide_between(0.7, 49)
+
+
+def test_at_a_trained_budget_it_is_that_budget() -> None:
+    router = make(std=2.0)
+    decided = router.decide(49)
+    # Without the preference for nested ones, which the first budget below the full one does not need.
+    assert router.decide_between(0.75, 49) == decided[1]
+    nearly = router.decide_between(0.7501, 49)
+    assert abs(cost(nearly) / (0.7501 * PARENT) - 1) <= router.config.tolerance
+
+
+def test_the_routers_input_lies_between_its_neighbours() -> None:
+    medium, small = within(1)[0], within(2)[-1]
+    router = table_router(FAMILY.full, medium, small, tolerance=0.5)
+    # Near a budget what that budget wants is the most probable, and a wide tolerance lets it be.
+    assert router.decide_between(0.74, 49) == medium
+    assert router.decide_between(0.51, 49) == small
+
+
+@pytest.mark.parametrize("fraction", [0.4, 1.1])
+def test_a_size_beyond_the_budgets_is_refused(fraction: float) -> None:
+    with pytest.raises(ElasticError, match=rf"fraction {fraction}: the budgets .* reach from 0.5 to 1.0"):
+        make().decide_between(fraction, 49)
+
+
+def test_neighbours_in_different_units_are_refused() -> None:
+    budgets = (*FAMILY.budgets[:2], dataclasses.replace(FAMILY.budgets[2], unit="active_parameters"))
+    router = make(dataclasses.replace(FAMILY, budgets=budgets))
+    with pytest.raises(ElasticError, match=r"p75 \(parameters\) and p50 \(active_parameters\)"):
+        router.decide_between(0.6, 49)
+    router.decide_between(0.9, 49)  # the parent is whole in every unit
+
+
+def test_layers_that_differ_are_decided_between_budgets_too() -> None:
+    router = make(VARIED, std=2.0)
+    found = router.decide_between(0.6, 49)
+    assert abs(cost(found) / (0.6 * PARENT) - 1) <= router.config.tolerance
+    assert any(isinstance(size, tuple) for size in found.sizes.values())
+
+
+@settings(max_examples=10, deadline=None)
+@given(seed=st.integers(0, 2**31))
+def test_decisions_of_layers_that_differ_meet_the_targets(seed: int) -> None:
+    router = make(VARIED, seed=seed, std=2.0)
+    decided = router.decide(49)
+    assert decided[0] == VARIED.full
+    for budget, selection in zip(VARIED.budgets, decided, strict=True):
+        assert abs(cost(selection) / (budget.fraction * PARENT) - 1) <= router.config.tolerance
+    assert make(VARIED, seed=seed, std=2.0).decide(49) == decided
