@@ -100,7 +100,7 @@ def build(layout: Layout, dtype: torch.dtype) -> list[ElasticHybridModel]:
 
 def reference(mode: str, micro: int, dtype: torch.dtype) -> dict[str, Any]:
     """A plain loop on one process: no schedule, no DDP, no leaf copies, torch's own optimizers."""
-    make_groups(Layout(torch.distributed.get_world_size()))
+    groups(Layout(torch.distributed.get_world_size()))
     (model,) = build(Layout(1), dtype)
     router, soft = new_router(), mode.endswith("soft")
     adam = torch.optim.AdamW(model.parameters(), **ADAM)

@@ -70,7 +70,7 @@ def run(mode: str, layout: Layout, *, faulty: bool = False) -> dict[str, Any]:
         layout: its ranks are the world.
         faulty: inserts the fault: on the last rank other weights and another router.
     """
-    small.make_groups(layout)
+    small.groups(layout)
     dtype = torch.float32 if layout.distributed_optimizer else torch.float64
     chunks = small.build(layout, dtype)
     last = dist.get_rank() == dist.get_world_size() - 1
