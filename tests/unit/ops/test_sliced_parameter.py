@@ -2,6 +2,7 @@ import itertools
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_elastic.ops.sliced_parameter import DummyGradients, sliced_parameter, sliced_parameter_ref
 from tests.unit.ops.tensor_watch import TensorWatch
@@ -36,6 +37,34 @@ def test_equals_index_select(rows, columns):
     assert torch.equal(engine.main_grad, other.grad + 1)
     assert engine.grad_added_to_main_grad
     assert engine.grad.eq(0).all()
+
+
+def test_hundreds_of_equal_pieces_are_two_operations():
+    # Head channels: a prefix of every head's rows, of z and of x, and the rows of B, C and dt as they are.
+    rows = (*((start, start + 3) for start in range(0, 1600, 4)), (1600, 1610))
+    weight, other = with_main_grad(torch.randn(1610, 6, requires_grad=True)), torch.randn(1610, 6)
+    other.copy_(weight.detach()).requires_grad_()
+    packed = sliced_parameter(weight, rows, ((0, 4),))
+    expected = sliced_parameter_ref(other, rows, ((0, 4),))
+    assert torch.equal(packed, expected)
+    seen = []
+
+    class Count(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    with Count():
+        sliced_parameter(weight, rows, ((0, 4),)).backward(torch.ones_like(packed))
+    expected.sum().backward()
+    assert torch.equal(weight.main_grad, other.grad + 1)
+    assert seen.count("aten.copy_.default") == seen.count("aten.add_.Tensor") == 2
+    # Pieces at uneven distances take one operation each.
+    seen.clear()
+    uneven = ((0, 2), (3, 5), (9, 11), (12, 13))
+    with Count():
+        assert torch.equal(sliced_parameter(weight, uneven), sliced_parameter_ref(other, uneven))
+    assert seen.count("aten.copy_.default") == 3
 
 
 def test_another_slice_differs():
