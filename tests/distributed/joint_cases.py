@@ -14,7 +14,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.training import global_vars
 from torch import Tensor
 
-from megatron_elastic.curriculum import Stage
+from megatron_elastic.curriculum import FORWARD_KL, Stage
 from megatron_elastic.distillation.roles import LIVE_TEACHER, OF_KIND, JointRoles
 from megatron_elastic.forward_step import JointStep
 from megatron_elastic.metadata import Metadata
@@ -152,7 +152,7 @@ def joint(
         Metadata.of_family(kit.FAMILY, {}, selections=kit.SELECTIONS if mode == "sliced" else ()), trainer
     )
     model.states = (state,)
-    recipe = SimpleNamespace(family=kit.FAMILY, temperature=1.0, budget_mode="joint")
+    recipe = SimpleNamespace(family=kit.FAMILY, temperature=1.0, loss=FORWARD_KL, budget_mode="joint")
     step = JointStep(recipe, state, stage, SilentLog())  # type: ignore[arg-type]
     model.config.finalize_model_grads_func = step.finalize
     wrapped = DistributedDataParallel(
