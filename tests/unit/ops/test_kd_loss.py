@@ -79,8 +79,8 @@ def test_the_losses_are_what_they_are_called():
     torch.testing.assert_close(swapped, forward.detach(), **EXACT)
     # Near its ends the generalised divergence is a share of one of the two.
     share = 1e-6
-    ends = [(share, forward), (1 - share, kd_loss(hidden, weight, teacher_hidden, teacher_weight, weights, loss=reverse)[0])]
-    for beta, end in ends:
+    backward, _ = kd_loss(hidden, weight, teacher_hidden, teacher_weight, weights, loss=reverse)
+    for beta, end in ((share, forward), (1 - share, backward)):
         jsd, _ = kd_loss(
             hidden, weight, teacher_hidden, teacher_weight, weights, loss=DistillationLoss(kind="jsd", beta=beta)
         )
