@@ -13,6 +13,8 @@ FEWEST_TOKENS = 128
 """Smaller chunks make the LM head's GEMM reread its weight too often."""
 _LARGEST_CHUNK = 2**25
 """Most logits in one chunk, whatever the number of tokens: 128 MiB in fp32."""
+_ROWS = 2**14
+"""Rows of the weight's gradient that are made at once, where they are added in a higher precision."""
 _TENSORS = 3
 """Tensors of a chunk's logits that are alive together in the plain KD loss."""
 
@@ -74,7 +76,10 @@ class Gradients:
         if self.weights is not None and self.weights.dtype == d_logits.dtype:
             self.weights.addmm_(d_logits.t(), self.flat[part])
         elif self.weights is not None:
-            self.weights += d_logits.t() @ self.flat[part]
+            # By rows: a product in the low precision, before it is added, is no second tensor of the weight's size.
+            for start in range(0, self.weights.size(0), _ROWS):
+                rows = slice(start, start + _ROWS)
+                self.weights[rows] += d_logits[:, rows].t() @ self.flat[part]
 
     def finish(self, ctx: Any, factor: float = 1.0) -> None:
         """Leaves the gradients, times a factor, in their own dtypes, for `hand_out`."""

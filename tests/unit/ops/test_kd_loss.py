@@ -3,6 +3,7 @@ import torch
 
 from megatron_elastic.curriculum import DistillationLoss
 from megatron_elastic.errors import ElasticError
+from megatron_elastic.ops import fused_head
 from megatron_elastic.ops.cross_entropy import cross_entropy, cross_entropy_ref
 from megatron_elastic.ops.divergence import tensors_alive
 from megatron_elastic.ops.fused_head import default_chunk_tokens
@@ -220,7 +221,9 @@ def test_large_logits_stay_finite():
     torch.testing.assert_close(loss, kd_loss_ref(*inputs)[0])
 
 
-def test_bfloat16_loss_is_summed_in_float32():
+@pytest.mark.parametrize("rows", [4, 2**14])
+def test_bfloat16_loss_is_summed_in_float32(rows, monkeypatch):
+    monkeypatch.setattr(fused_head, "_ROWS", rows)
     inputs = make_inputs(dtype=torch.float32)
     low = [t.detach().bfloat16().requires_grad_(t.requires_grad) for t in inputs]
     loss, _ = kd_loss(*low, chunk_tokens=4)
