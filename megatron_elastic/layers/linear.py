@@ -16,7 +16,9 @@ from megatron.core.tensor_parallel.mappings import (
 from torch import Tensor
 
 from megatron_elastic.axes import Segments
-from megatron_elastic.ops.kd_loss import cross_entropy, kd_loss
+from megatron_elastic.curriculum import FORWARD_KL, DistillationLoss
+from megatron_elastic.ops.cross_entropy import cross_entropy
+from megatron_elastic.ops.kd_loss import kd_loss
 from megatron_elastic.ops.sliced_parameter import sliced_parameter
 
 
@@ -136,17 +138,19 @@ class ElasticLMHead(ElasticColumnParallelLinear):
         labels: Tensor | None = None,
         token_weights: Tensor | None = None,
         temperature: float = 1.0,
+        loss: DistillationLoss = FORWARD_KL,
     ) -> tuple[Tensor, Tensor | None]:
-        """Logits, or with `teacher` the summed KD loss, or with `labels` the summed cross entropy.
+        """Logits, or with `teacher` the summed KD loss, or with `labels` alone the summed cross entropy.
 
         Args:
             input_: final hidden states, `[s, b, kept hidden]`.
             weight, runtime_gather_output: as in core (logits only).
             segments: kept rows and columns of the weight; None uses all of it.
             teacher: target of the distillation; its `log_sum_exp` is filled.
-            labels: `[b, s]`.
+            labels: `[b, s]`; with `teacher`, for the cross entropy that `loss` adds.
             token_weights: `[b, s]`, the loss mask.
             temperature: of the KD softmax.
+            loss: divergence from the teacher, and the weight of the cross entropy.
         """
         if teacher is None and labels is None:
             return super().forward(input_, weight, runtime_gather_output, segments=segments)
@@ -156,19 +160,22 @@ class ElasticLMHead(ElasticColumnParallelLinear):
         kept = sliced_parameter(self.weight, *segments) if segments is not None else self.weight
         group = self.tp_group if self.tp_group.size() > 1 else None
         mask = token_weights.transpose(0, 1).contiguous()
-        if labels is not None:
-            return cross_entropy(hidden, kept, labels.transpose(0, 1).contiguous(), mask, group=group), None
-        assert teacher is not None
+        targets = None if labels is None else labels.transpose(0, 1).contiguous()
+        if teacher is None:
+            assert targets is not None
+            return cross_entropy(hidden, kept, targets, mask, group=group), None
         with torch.no_grad():
             target = self._whole_sequence(teacher.hidden)
-        loss, teacher.log_sum_exp = kd_loss(
+        total, teacher.log_sum_exp = kd_loss(
             hidden,
             kept,
             target,
             self.weight.detach() if teacher.weight is None else teacher.weight,
             mask,
             temperature=temperature,
+            loss=loss,
+            labels=targets,
             group=group,
             teacher_lse=teacher.log_sum_exp,
         )
-        return loss, None
+        return total, None

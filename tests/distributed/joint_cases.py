@@ -1,6 +1,7 @@
 """Cases of `cases_body.py`: needs the CPU adaptation and a process group."""
 
 from argparse import Namespace
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,11 +14,12 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.training import global_vars
 from torch import Tensor
 
-from megatron_elastic.curriculum import Stage
-from megatron_elastic.distillation.roles import JointRoles
+from megatron_elastic.curriculum import FORWARD_KL, DistillationLoss, Stage
+from megatron_elastic.distillation.roles import LIVE_TEACHER, OF_KIND, JointRoles
 from megatron_elastic.forward_step import JointStep
 from megatron_elastic.metadata import Metadata
 from megatron_elastic.model import FamilyState
+from megatron_elastic.ops.divergence import divergence_ref
 from megatron_elastic.router import Router, RouterConfig, RouterTrainer
 
 WEIGHTS = (0.5, 0.3, 0.2)
@@ -25,6 +27,9 @@ BASE_MICROBATCHES = 2
 ROUTER = RouterConfig(iterations=20, width=16, std=0.5, clip=1e9, warmup=1, penalty=0.7, seed=3)
 STEP = 4
 STAGE = Stage(iterations=20, sequence_length=24, global_batch_size=4, micro_batch_size=2, weights=WEIGHTS)
+MIXED = replace(STAGE, teacher={"p100": "trainable", "p75": "trainable"}, ce_weight=0.5)
+"""The full budget learns from the text and teaches one other; the third follows the frozen teacher."""
+MIXTURE = DistillationLoss(kind="jsd", beta=0.3, ce_weight=0.4)
 
 
 class SilentLog:
@@ -44,7 +49,14 @@ def new_router() -> Router:
     return Router(ROUTER, kit.FAMILY)
 
 
-def reference(mode: str) -> dict[str, Any]:
+def teachers(stage: Stage) -> list[int]:
+    """The teacher of each budget."""
+    return [OF_KIND[kind] for kind in stage.teachers([budget.name for budget in kit.FAMILY.budgets])]
+
+
+def reference(
+    mode: str, stage: Stage = STAGE, loss: DistillationLoss = FORWARD_KL, temperature: float = 1.0
+) -> dict[str, Any]:
     """A plain loop over base microbatches and budgets on one process: no schedule, no DDP, router inside the graph."""
     kit.layout_of_ranks()
     model = kit.elastic_model()
@@ -59,12 +71,24 @@ def reference(mode: str) -> dict[str, Any]:
         batch = kit.batch(index)
         where = batch["tokens"], batch["position_ids"]
         with torch.no_grad():
-            target = model.teacher_target(model(*where, run_teacher=True))
+            targets = {
+                kind: model.teacher_target(model(*where, run_teacher=True, live_teacher=kind == LIVE_TEACHER),
+                                           kind == LIVE_TEACHER)
+                for kind in set(teachers(stage))
+            }  # fmt: skip
         for budget, weight in enumerate(WEIGHTS):
             how = {"selection": kit.SELECTIONS[budget]} if mode == "sliced" else {"probabilities": soft[budget]}
-            summed = model(*where, **how, teacher=target, loss_mask=batch["loss_mask"])
+            kind = teachers(stage)[budget]
+            if budget == 0 and kind == LIVE_TEACHER:
+                logits = model(*where, **how).flatten(0, 1)
+                each = torch.nn.functional.cross_entropy(logits, batch["labels"].flatten(), reduction="none")
+                summed, factor = (each * batch["loss_mask"].flatten()).sum(), stage.ce_weight
+            elif loss == FORWARD_KL and temperature == 1.0:
+                summed, factor = model(*where, **how, teacher=targets[kind], loss_mask=batch["loss_mask"]), 1.0
+            else:
+                summed, factor = unfused(model(*where, **how), targets[kind], batch, loss, temperature), 1.0
             losses[budget] += summed.detach()
-            total = total + weight * summed / tokens
+            total = total + weight * factor * summed / tokens
     if mode == "soft":
         for budget, weight in enumerate(WEIGHTS):
             total = total + weight * ROUTER.penalty * router.penalty(budget, soft[budget])
@@ -79,12 +103,23 @@ def reference(mode: str) -> dict[str, Any]:
     }
 
 
-def roles(size: int) -> list[dict[str, Tensor]]:
+def unfused(
+    logits: Tensor, target: Any, batch: dict[str, Tensor], loss: DistillationLoss, temperature: float
+) -> Tensor:
+    """A loss of the recipe, by its definition, from the logits `[b, s, V]` of the model."""
+    teacher = (target.hidden @ target.weight.t()).transpose(0, 1)
+    divergence = divergence_ref((logits / temperature).log_softmax(-1), (teacher / temperature).log_softmax(-1), loss)
+    text = torch.nn.functional.cross_entropy(logits.transpose(1, 2), batch["labels"], reduction="none")
+    return ((temperature**2 * divergence + loss.ce_weight * text) * batch["loss_mask"]).sum()
+
+
+def roles(size: int, stage: Stage) -> list[dict[str, Tensor]]:
     """What the loader hands out: each base microbatch once a role."""
+    kinds = JointRoles(len(WEIGHTS), sorted(set(teachers(stage)), reverse=True))
     return [
-        {**kit.batch(index), "budget": torch.full((size,), JointRoles(len(WEIGHTS)).budget(role, index))}
+        {**kit.batch(index), "budget": torch.full((size,), kinds.budget(role, index))}
         for index in range(BASE_MICROBATCHES)
-        for role in range(len(WEIGHTS) + 1)
+        for role in range(kinds.count)
     ]
 
 
@@ -120,7 +155,17 @@ def keep_masks_on_the_stack(model: Any) -> None:
     stack.mask_tables.forward, stack._run = mixed, wrong
 
 
-def joint(mode: str, tp: int, pp: int, *, ambient: bool = False, **config: Any) -> dict[str, Any]:
+def joint(
+    mode: str,
+    tp: int,
+    pp: int,
+    *,
+    ambient: bool = False,
+    stage: Stage = STAGE,
+    loss: DistillationLoss = FORWARD_KL,
+    temperature: float = 1.0,
+    **config: Any,
+) -> dict[str, Any]:
     """One step of `JointStep` through core's schedule and DDP."""
     kit.layout_of_ranks(tp, pp)
     model = kit.elastic_model(**config)
@@ -131,8 +176,8 @@ def joint(mode: str, tp: int, pp: int, *, ambient: bool = False, **config: Any) 
         Metadata.of_family(kit.FAMILY, {}, selections=kit.SELECTIONS if mode == "sliced" else ()), trainer
     )
     model.states = (state,)
-    recipe = SimpleNamespace(family=kit.FAMILY, temperature=1.0, budget_mode="joint")
-    step = JointStep(recipe, state, STAGE, SilentLog())  # type: ignore[arg-type]
+    recipe = SimpleNamespace(family=kit.FAMILY, temperature=temperature, loss=loss, budget_mode="joint")
+    step = JointStep(recipe, state, stage, SilentLog())  # type: ignore[arg-type]
     model.config.finalize_model_grads_func = step.finalize
     wrapped = DistributedDataParallel(
         model.config, DistributedDataParallelConfig(grad_reduce_in_fp32=False, overlap_grad_reduce=False), model
@@ -161,7 +206,7 @@ def joint(mode: str, tp: int, pp: int, *, ambient: bool = False, **config: Any) 
 
 def run_schedule(step: JointStep, wrapped: Any, *, forward_only: bool = False) -> list[dict[str, Tensor]]:
     """All microbatches through core's schedule; what the last stage reports of each."""
-    batches = roles(2)
+    batches = roles(2, step.stage)
     reported: list[dict[str, Tensor]] = get_forward_backward_func()(
         forward_step_func=step,
         data_iterator=iter(batches),
@@ -209,6 +254,14 @@ def run_all() -> dict[str, dict[str, float]]:
             results[f"{name}/{mode}"] = compare(joint(mode, tp, pp, **config), want)
         if mode == "soft":
             results["ambient/soft"] = compare(joint(mode, 1, 2, ambient=True, **cases[-1][-1]), want)
+        for name, tp, pp in (("tp2", 2, 1), ("pp2", 1, 2)):
+            followed = joint(mode, tp, pp, stage=MIXED)
+            results[f"{name}_mixed_teachers/{mode}"] = compare(followed, reference(mode, MIXED))
+            results[f"one_teacher/{mode}"] = {"grads": kit.worst(followed["grads"], want["grads"])}
+        chosen: dict[str, Any] = {"loss": MIXTURE, "temperature": 2.0}
+        learnt = joint(mode, 2, 1, sequence_parallel=True, **chosen)
+        results[f"tp2_sp_mixture/{mode}"] = compare(learnt, reference(mode, **chosen))
+        results[f"forward_kl/{mode}"] = {"grads": kit.worst(learnt["grads"], want["grads"])}
         # The negative of all of them: the other mode's gradients, from other selections, are not these.
         other = reference("sliced" if mode == "soft" else "soft")
         results[f"other/{mode}"] = {"grads": kit.worst(other["grads"], want["grads"])}
