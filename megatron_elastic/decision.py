@@ -22,6 +22,9 @@ BATCH = 1 << 17
 STEPS_PER_LAYER = 4
 """Steps of cost in the knapsack, a layer and tolerance: rounding then spends at most an eighth of the tolerance."""
 
+FINEST = 1e-6
+"""Deviation from a target that is told from none, and the smallest step of cost: some MB of table."""
+
 Scores = Mapping[str, Sequence[Sequence[float]]]
 """Log-probability of every choice: axis -> use -> choice."""
 
@@ -37,15 +40,16 @@ def decide(family: Family, budget: Budget, scores: Scores, tolerance: float, out
         outer: the next larger budget's selection: nested selections come before others.
 
     Returns:
-        The best one that is nested, else the best one, else the one nearest to the target.
+        The best one that is nested, else the best one, else the best of those about as near to the target as any
+        (less than twice as far as the nearest).
     """
     target = budget.fraction * family.full_cost(budget.unit)
     for allowed in (_inside(family, outer), _inside(family, family.full)):
         found = _best(_Search(family, budget, scores, allowed), target, tolerance)
         if found is not None:
             return found
-    # Nothing meets the target: the nearest, whatever its probability.
-    reach = tolerance
+    # Nothing meets the target: the nearest there are.
+    reach = max(tolerance, FINEST)
     while True:
         reach *= 2.0
         found = _best(_Search(family, budget, scores, _inside(family, family.full)), target, reach)
@@ -225,7 +229,7 @@ def _knapsack(
     """The most probable own choices at a cost in `[low, high]`, score and numbers; None where there are none."""
     start = search.extreme(False)
     base = float(search.cost(pick, start))
-    step = (high - low) / 2.0 / (STEPS_PER_LAYER * len(search.layers))
+    step = max((high - low) / 2.0 / (STEPS_PER_LAYER * len(search.layers)), FINEST * high)
     bins = max(1, int((high - base) / step) + 1)
     best = torch.full((bins,), -torch.inf, dtype=torch.float64)
     best[0] = 0.0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import product
 from math import prod
 from typing import Any
@@ -12,6 +13,7 @@ from megatron_elastic.cost_model import training_flops_per_token
 from megatron_elastic.curriculum import Stage
 from megatron_elastic.errors import RecipeError
 from megatron_elastic.flags import padded_vocabulary
+from megatron_elastic.hf.config import export_warnings
 from megatron_elastic.layout import BUFFERS, ModelShape, layer_number
 from megatron_elastic.ops.divergence import tensors_alive
 from megatron_elastic.ops.fused_head import default_chunk_tokens
@@ -226,6 +228,21 @@ def _stage_facts(recipe: Recipe, stage: Stage, data_parallel: int) -> dict[str, 
     }
 
 
+def unloadable(recipe: Recipe) -> list[str]:
+    """What `export` will say of the budgets: which stock engine loads them, where not all do."""
+    family, found = recipe.family, dict[str, None]()
+    for number, budget in enumerate(family.budgets):
+        if recipe.selections:
+            shape = recipe.selections[number].submodel(family.shape)
+        else:
+            # A router may choose differently for any layer.
+            apart = [axis for axis in family.heterogeneous if len(family.choices[axis]) > 1 and budget.heterogeneous]
+            different: dict[str, Any] = {axis: family.choices[axis][:2] for axis in apart if budget.fraction < 1.0}
+            shape = replace(family.shape, **different)
+        found.update((f"budget {budget.name}: {warning}", None) for warning in export_warnings(shape))
+    return list(found)
+
+
 def run_facts(recipe: Recipe, gpus: int | None = None) -> dict[str, Any]:
     """The run of a recipe: its layout, stages, memory of a GPU, and what a user should know before paying for it.
 
@@ -261,6 +278,7 @@ def run_facts(recipe: Recipe, gpus: int | None = None) -> dict[str, Any]:
             f"the fullest GPU needs about {memory['total'] / 2**30:.1f} GiB, more than an H100's 80 GiB: use more "
             "recompute, or larger TP, PP, CP or EP"
         )
+    warnings += unloadable(recipe)
     data_parallel = gpus // ranks.copy
     if len(recipe.family.choices["depth"]) > 1 and not recipe.family.depth_ranking:
         warnings.append(

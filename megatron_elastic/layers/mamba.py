@@ -34,8 +34,9 @@ class ElasticMambaMixer(LocalMambaMixer):
             `[s, b, kept hidden]`.
         """
         segments = plan.segments if plan is not None else {}
-        cp = self.cp if plan is None else self._sliced(plan)
         zxbcdt, _ = self.in_proj(hidden_states, segments=segments.get("mixer.in_proj.weight"))
+        # Afterwards: weights are used, and their gradients come, in the order of the layout (see `stack._skip`).
+        cp = self.cp if plan is None else self._sliced(plan)
         y, z = self.scan(cp.pre_conv_ssm(zxbcdt), cp, documents)
         # The norm runs where a rank has all channels again: its groups, mask and weight are as without CP.
         gated = self.norm(

@@ -136,6 +136,11 @@ class ElasticMoE(MoELayer):
             )
         role = MoeRole(count_tokens=True, loss_weight=1.0) if role is None else role
         of = {} if masks is None else masks.axes
+        loss_weight: float | Tensor = role.loss_weight
+        if masks is not None:
+            # The first channel is in every choice: what is left of it is the layer's own weight. A layer that is masked
+            # out has nothing to balance, like one that a slice leaves out.
+            loss_weight = loss_weight * masks.residual[0].detach()
         dispatcher = self.token_dispatcher
 
         def run(x: Tensor, experts: Tensor | None, ffn: Tensor | None, shared_ffn: Tensor | None) -> Tensor:
@@ -144,7 +149,7 @@ class ElasticMoE(MoELayer):
                 mask=experts,
                 segments=None if plan is None else plan.segments["mlp.router.weight"],
                 count_tokens=role.count_tokens,
-                loss_weight=role.loss_weight,
+                loss_weight=loss_weight,
             )
             tokens, probs = dispatcher.dispatch_preprocess(x, routing, probs)
             tokens, probs = dispatcher.token_dispatch(tokens, probs)

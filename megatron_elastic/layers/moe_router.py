@@ -41,7 +41,7 @@ class ElasticRouter(TopKRouter):
         mask: Tensor | None = None,
         segments: tuple[Segments | None, ...] | None = None,
         count_tokens: bool = True,
-        loss_weight: float = 1.0,
+        loss_weight: float | Tensor = 1.0,
     ) -> tuple[Tensor, Tensor]:
         """Args:
             input: normalised, `[s, b, kept hidden]`; with sequence parallelism this rank's tokens.
@@ -106,7 +106,7 @@ class ElasticRouter(TopKRouter):
         probs = torch.zeros_like(logits).scatter(1, indices, chosen.type_as(logits))
         return probs, torch.zeros_like(logits, dtype=torch.bool).scatter(1, indices, True)
 
-    def _with_z_loss(self, logits: Tensor, mask: Tensor | None, weight: float) -> Tensor:
+    def _with_z_loss(self, logits: Tensor, mask: Tensor | None, weight: float | Tensor) -> Tensor:
         """Core's z-loss of the experts there are, attached to the logits; scaled as core scales it."""
         coefficient = self.config.moe_z_loss_coeff / self.tp_cp_group.size()
         loss = weight * z_loss_func(logits if mask is None else logits + _logarithm(mask, logits), coefficient)
@@ -118,7 +118,7 @@ class ElasticRouter(TopKRouter):
         return attached
 
     def _with_balancing_losses(
-        self, probs: Tensor, logits: Tensor, mask: Tensor | None, length: int, weight: float
+        self, probs: Tensor, logits: Tensor, mask: Tensor | None, length: int, weight: float | Tensor
     ) -> Tensor:
         """Core's auxiliary losses of the experts there are, attached to the combine weights."""
         count: Tensor | int = logits.size(1) if mask is None else mask.sum()

@@ -14,25 +14,38 @@ from megatron.core.utils import make_viewless_tensor
 from torch import Tensor
 
 from megatron_elastic.budget import Selection
-from megatron_elastic.family import Family, SlicePlan, SlicePlans
+from megatron_elastic.family import Family, LayerPlan, SlicePlan, SlicePlans
 from megatron_elastic.layers.moe_role import MoeRole
 from megatron_elastic.layers.norm import ElasticRMSNorm
 from megatron_elastic.layers.plain import LocalHybridStack
 from megatron_elastic.masks import MaskTables
 from megatron_elastic.ops.unused import unused
 
+EXPERTS = "mlp.experts.experts.linear_fc1.weight"
+"""Stock name of what the routed experts' first weights are stored under."""
 
-def _skip(layer: Any, x: Tensor) -> Tensor:
+
+def _skip(layer: Any, plan: LayerPlan, x: Tensor) -> Tensor:
     """A layer that is not run, as its owners see it: its weights were gathered, and get a gradient of nothing.
 
     Data-parallel ranks may run different budgets. Their buckets must be gathered and reduced in one order all the
     same, so the hooks that start a gather run here too (without gradients also: so does recompute's first forward), and
-    every weight reports.
+    every weight reports; both one after the other as in a layer that runs.
     """
-    for module in layer.modules():
-        for hook in tuple(module._forward_pre_hooks.values()):
-            hook(module, ())
-    return unused(x, *layer.parameters()) if torch.is_grad_enabled() else x
+    # A plan names weights in the order of their use; several of one name (experts) follow each other.
+    places = {name: place for place, name in enumerate(plan.segments)}
+    names = [name for name, _ in layer.named_parameters()]
+    called = set()
+    for name in sorted(names, key=lambda name: places.get(name, places.get(EXPERTS, 0))):
+        path = name.split(".")[:-1]
+        for module in (layer.get_submodule(".".join(path[:depth])) for depth in range(len(path) + 1)):
+            if module not in called:
+                called.add(module)
+                for hook in tuple(module._forward_pre_hooks.values()):
+                    hook(module, ())
+        if torch.is_grad_enabled():
+            x = unused(x, layer.get_parameter(name))
+    return x
 
 
 class ElasticStack(LocalHybridStack):
@@ -102,7 +115,7 @@ class ElasticStack(LocalHybridStack):
             position = layer.layer_number - 1  # in the whole model
             own = None if plan is None else plan.layers[position]
             if own is not None and own.skipped:
-                x = _skip(layer, x)
+                x = _skip(layer, own, x)
                 continue
             masks = self.mask_tables.of_layer(mixed, position) if mixed else None
             x = layer(x, masks=masks, plan=own, rotary_pos_emb=rotary, documents=documents, moe=moe)

@@ -17,7 +17,7 @@ def unused(x: Tensor, *weights: Tensor) -> Tensor:
 
     Args:
         x: any shape; the backward runs where its gradient comes by.
-        weights: parameters that take no part.
+        weights: parameters that take no part; the order among them is autograd's own.
     """
     result: Tensor = _Unused.apply(x, *weights)  # type: ignore[no-untyped-call]
     return result

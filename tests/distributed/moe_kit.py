@@ -17,11 +17,12 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_elastic.axes import Dimension
-from megatron_elastic.budget import Budget, Selection
+from megatron_elastic.budget import Budget
 from megatron_elastic.checkpoint import expert_of
 from megatron_elastic.family import Family
 from megatron_elastic.layers.plain import plain_stack_spec
-from megatron_elastic.layout import Layout, ModelShape
+from megatron_elastic.layers.sized import sized_stack_spec
+from megatron_elastic.layout import Layout, ModelShape, Size
 from megatron_elastic.model import ElasticHybridModel, ElasticModelBuilder, ElasticModelConfig
 
 EXPERT_BLOCKS = 2
@@ -34,7 +35,7 @@ CHOICES = {
     "experts": (8, 6, 4),
     "expert_ffn": (24, 16, 8),
     "shared_expert_ffn": (32, 16),
-    "depth": (5,),
+    "depth": (5, 4),
 }
 BUDGETS = (Budget("p100", 1.0), Budget("p75", 0.75), Budget("p50", 0.5))
 
@@ -78,13 +79,28 @@ def shape(*, gated: bool = False, expert_bias: bool = False) -> ModelShape:
 
 def family(of: ModelShape) -> Family:
     """What is narrowed."""
-    return Family(shape=of, ffn_blocks=8, expert_blocks=EXPERT_BLOCKS, choices=CHOICES, budgets=BUDGETS)
+    return Family(
+        shape=of,
+        ffn_blocks=8,
+        expert_blocks=EXPERT_BLOCKS,
+        choices=CHOICES,
+        heterogeneous=("experts", "expert_ffn"),
+        depth_ranking=(3,),
+        budgets=BUDGETS,
+    )
 
 
-def layout_of_ranks(tp: int = 1, ep: int = 1, etp: int | None = None) -> None:
+def largest(size: Size) -> int:
+    """The one number that a config has for all layers."""
+    return max(size) if isinstance(size, tuple) else size
+
+
+def layout_of_ranks(tp: int = 1, ep: int = 1, etp: int | None = None, cp: int = 1) -> None:
     """Makes the parallel groups anew."""
     parallel_state.destroy_model_parallel()
-    parallel_state.initialize_model_parallel(tp, 1, expert_model_parallel_size=ep, expert_tensor_parallel_size=etp)
+    parallel_state.initialize_model_parallel(
+        tp, 1, context_parallel_size=cp, expert_model_parallel_size=ep, expert_tensor_parallel_size=etp
+    )
     model_parallel_cuda_manual_seed(7)
 
 
@@ -94,8 +110,8 @@ def config(of: ModelShape, **other: Any) -> TransformerConfig:
     gate = {"gated_linear_unit": True, "activation_func": torch.nn.functional.silu} if of.gated else {}
     return kit.config(
         of,
-        num_moe_experts=of.experts,
-        moe_ffn_hidden_size=of.expert_ffn,
+        num_moe_experts=largest(of.experts),
+        moe_ffn_hidden_size=largest(of.expert_ffn),
         moe_shared_expert_intermediate_size=of.shared_expert_ffn,
         moe_router_topk=of.top_k,
         expert_model_parallel_size=parallel_state.get_expert_model_parallel_world_size(),
@@ -108,10 +124,10 @@ def config(of: ModelShape, **other: Any) -> TransformerConfig:
 
 
 def stock_model(of: ModelShape, **other: Any) -> HybridModel:
-    """Core's own `HybridModel` of a shape, with core's layers."""
+    """Core's own `HybridModel` of a shape, with core's layers, each at its own size where they differ."""
     model = HybridModel(
         config=config(of, **other),
-        hybrid_stack_spec=plain_stack_spec,
+        hybrid_stack_spec=plain_stack_spec if of.uniform else sized_stack_spec(of),
         vocab_size=of.vocab,
         max_sequence_length=64,
         hybrid_layer_pattern=of.pattern,
@@ -181,19 +197,23 @@ def states(model: torch.nn.Module) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def set_weights(model: torch.nn.Module, layout: Layout, weights: Mapping[str, Tensor]) -> None:
-    """Gives every parameter and bias of this rank its part of the whole weights."""
-    dimensions = layout.parameters()
+def set_weights(model: torch.nn.Module, layout: Layout | None, weights: Mapping[str, Tensor]) -> None:
+    """Gives every parameter and bias of this rank its part of the whole weights; without a layout, all of it."""
+    dimensions = {} if layout is None else layout.parameters()
     for name, state in states(model).items():
         stock, expert = expert_of(name)
-        value = _part(weights[stock], dimensions[stock])
+        value = _part(weights[stock], dimensions.get(stock, ()))
         state.copy_(value if expert is None else value[expert])
 
 
-def gradients(model: torch.nn.Module, layout: Layout) -> dict[str, Tensor]:
-    """`.grad` of every weight, whole, of the sum of all ranks' losses: what core's finalize makes of them."""
-    dimensions = layout.parameters()
-    tp, dp = parallel_state.get_tensor_model_parallel_group(), parallel_state.get_data_parallel_group()
+def gradients(model: torch.nn.Module, layout: Layout | None) -> dict[str, Tensor]:
+    """`.grad` of every weight, whole, of the sum of all ranks' losses: what core's finalize makes of them.
+
+    Without a layout every rank has all of each weight.
+    """
+    dimensions = {} if layout is None else layout.parameters()
+    tp = parallel_state.get_tensor_model_parallel_group()
+    dp = parallel_state.get_data_parallel_group(with_context_parallel=True)
     found: dict[str, Any] = {}
     for name, parameter in model.named_parameters():
         grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.clone()
@@ -204,12 +224,12 @@ def gradients(model: torch.nn.Module, layout: Layout) -> dict[str, Tensor]:
         if getattr(parameter, "sequence_parallel", False):
             dist.all_reduce(grad, group=tp)
         dist.all_reduce(grad, group=dp)
-        found[stock] = _whole(grad, dimensions[stock])
+        found[stock] = _whole(grad, dimensions.get(stock, ()))
     for stock, grads in found.items():
         if isinstance(grads, list):
             stacked = torch.stack(grads)
             dist.all_reduce(stacked, group=parallel_state.get_expert_data_parallel_group())
-            found[stock] = _whole(stacked, dimensions[stock])
+            found[stock] = _whole(stacked, dimensions.get(stock, ()))
     return found
 
 
@@ -223,35 +243,3 @@ def reduced_gradients(model: torch.nn.Module, layout: Layout) -> dict[str, Tenso
         else:
             experts.setdefault(stock, []).append(parameter.main_grad.clone())
     return {**found, **{stock: _whole(torch.stack(each), dimensions[stock]) for stock, each in experts.items()}}
-
-
-def kept_entries(dimensions: tuple[Dimension, ...], of: ModelShape, selection: Selection) -> list[Tensor]:
-    """Entries of each dimension that a (uniform) selection keeps."""
-    found = []
-    for dimension in dimensions:
-        kept: Any = dimension.segments(selection.sizes, of.full)  # type: ignore[arg-type]
-        found.append(torch.cat([torch.arange(start, stop) for start, stop in kept]))
-    return found
-
-
-def cut(weights: Mapping[str, Tensor], layout: Layout, selection: Selection) -> dict[str, Tensor]:
-    """Index-select reference of the slice: independent of the sliced path's own code."""
-    found = {}
-    for name, dimensions in layout.parameters().items():
-        value = weights[name]
-        for number, entries in enumerate(kept_entries(dimensions, layout.shape, selection)):
-            value = value.index_select(number, entries)
-        found[name] = value
-    return found
-
-
-def scattered(parts: Mapping[str, Tensor], layout: Layout, selection: Selection) -> dict[str, Tensor]:
-    """A slice's gradients in their place in zero tensors of the parent's shapes."""
-    found = {}
-    for name, dimensions in layout.parameters().items():
-        if name in parts:
-            whole = torch.zeros([each.size for each in dimensions], dtype=torch.float64)
-            grid = torch.meshgrid(*kept_entries(dimensions, layout.shape, selection), indexing="ij")
-            whole[grid] = parts[name]
-            found[name] = whole
-    return found

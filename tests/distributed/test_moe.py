@@ -12,6 +12,7 @@ TOLERANCE = 1e-11
 # Core scores experts in fp32. A sum over the scores of all experts, some of them zero, rounds otherwise than one over
 # the kept ones; it is part of a softmax before the top-k and of the balancing losses alone.
 SUM_OF_SCORES = 1e-6
+LAYOUTS = ("ep2", "tp2", "tp2_ep2", "cp2", "cp2_ep2")
 ROUTERS = ("sigmoid", "softmax", "pre_softmax", "balanced", "grouped")
 
 
@@ -34,7 +35,7 @@ def test_full_selection_is_the_stock_model(errors: dict[str, dict[str, float]], 
 @pytest.mark.parametrize("router", ROUTERS)
 def test_paths_agree(errors: dict[str, dict[str, float]], router: str, pair: str) -> None:
     cases = {key: value for key, value in errors[f"equalities/{router}"].items() if key.endswith(pair)}
-    assert len(cases) == 6  # four axes alone, all at their smallest, a mixture
+    assert len(cases) == 7  # four axes alone, a mixture, layers that differ, all at their smallest
     summed = pair == "masked_sliced" and router in ("pre_softmax", "balanced")
     assert max(cases.values()) < (SUM_OF_SCORES if summed else TOLERANCE), cases
 
@@ -45,14 +46,14 @@ def test_selections_differ(errors: dict[str, dict[str, float]], router: str) -> 
 
 
 @pytest.mark.parametrize("path", ["sliced", "soft"])
-@pytest.mark.parametrize("layout", ["ep2", "tp2", "tp2_ep2"])
-@pytest.mark.parametrize("router", ["sigmoid", "softmax", "balanced"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("router", ["sigmoid", "softmax"])
 def test_a_layout_is_one_process(errors: dict[str, dict[str, float]], router: str, layout: str, path: str) -> None:
     assert errors[f"layouts/{router}"][f"{layout}/{path}"] < TOLERANCE
     assert errors[f"layouts/{router}"]["differs"] > 1e-2
 
 
-@pytest.mark.parametrize("layout", ["ep2", "tp2", "tp2_ep2"])
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("router", ["sigmoid", "balanced", "grouped"])
 def test_a_step_with_overlap_is_that_of_one_process(
     errors: dict[str, dict[str, float]], router: str, layout: str

@@ -20,6 +20,7 @@ from megatron_elastic.recipe_checks import (
     rank_parameters,
     run_facts,
     tile_faults,
+    unloadable,
 )
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -130,6 +131,23 @@ def test_widths_that_fp8_does_not_take() -> None:
     assert "4 width(s) of a rank are no multiple of 16, the first 120 at hidden 120" in found["hidden"]
     assert "ffn" not in found  # 384 to 128 in steps of 32, over two ranks
     assert any(fault.startswith("ffn: 8 width(s)") for fault in tile_faults(made, ranks, 128))
+
+
+def test_selections_that_no_engine_loads_are_told_beforehand() -> None:
+    made = recipe()
+    assert unloadable(made) == []
+    apart = replace(made, family=replace(made.family, heterogeneous=("ffn", "mamba_heads")))
+    said = unloadable(apart)
+    assert all("mamba_heads differ between layers: no engine loads that" in warning for warning in said)
+    assert [warning.split(":")[0] for warning in said] == [f"budget {b.name}" for b in made.family.budgets[1:]]
+    assert set(said) <= set(run_facts(apart)["warnings"])
+    (narrow, *_) = unloadable(replace(made, family=replace(made.family, heterogeneous=("ffn",))))
+    assert "exported as nemotron_h_puzzle" in narrow
+    full = made.family.full
+    layers = len(made.family.layers_with("mamba_heads"))
+    given = tuple(replace(full, mamba_heads=sizes) for sizes in (8, 4, (8, *[4] * (layers - 1))))
+    kinds = [warning.split(":")[0] for warning in unloadable(replace(made, selections=given))]
+    assert kinds == [f"budget {made.family.budgets[2].name}"]
 
 
 def test_with_fp8_they_are_faults() -> None:
