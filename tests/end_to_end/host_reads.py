@@ -33,6 +33,8 @@ def count(rank: int, words: Sequence[str], *, out: str) -> None:
     def watched(name: str, read: Callable[..., Any]) -> Callable[..., Any]:
         def counted(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
             frame = sys._getframe(1)
+            while frame.f_back is not None and Path(frame.f_code.co_filename) == PACKAGE / "cpu" / "adaptation.py":
+                frame = frame.f_back  # it stands around torch's constructors, whoever calls them
             file = Path(frame.f_code.co_filename)
             if seen and file.is_relative_to(PACKAGE):
                 seen[max(seen)][f"{file.relative_to(PACKAGE)}:{frame.f_code.co_name}:{name}"] += 1
