@@ -1,6 +1,5 @@
 """The model of the benchmarks: the family, stock and elastic models on this process's ranks, under core's DDP."""
 
-import contextlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -186,7 +185,7 @@ def held(model: DistributedDataParallel, step: Callable[[], None]) -> Callable[[
     """The step with gradients that stay on the rank: what data parallelism exchanges is no part of it."""
 
     def run() -> None:
-        with model.no_sync() if hasattr(model, "no_sync") else contextlib.nullcontext():
+        with model.no_sync():
             step()
 
     return run
