@@ -19,7 +19,7 @@ from megatron_elastic.axes import Segments
 from megatron_elastic.curriculum import FORWARD_KL, DistillationLoss
 from megatron_elastic.ops.cross_entropy import cross_entropy
 from megatron_elastic.ops.kd_loss import kd_loss
-from megatron_elastic.ops.sliced_parameter import sliced_parameter
+from megatron_elastic.ops.sliced_parameter import packed_again, sliced_parameter
 
 
 def kept_weight(linear: torch.nn.Module, segments: tuple[Segments | None, ...] | None) -> Tensor:
@@ -58,17 +58,19 @@ class ElasticColumnParallelLinear(ColumnParallelLinear):
         alone = self.explicit_expert_comm
         if not (self.allreduce_dgrad or self.sequence_parallel or alone):
             input_ = copy_to_tensor_model_parallel_region(input_, group=self.tp_group)
-        output = self._forward_impl(
-            input=input_,
-            weight=sliced_parameter(self.weight, *segments),
-            bias=None,
-            gradient_accumulation_fusion=False,
-            allreduce_dgrad=self.allreduce_dgrad and not alone,
-            sequence_parallel=self.sequence_parallel and not alone,
-            grad_output_buffer=None,
-            wgrad_deferral_limit=None,
-            tp_group=self.tp_group,
-        )
+        kept = sliced_parameter(self.weight, *segments)
+        with packed_again(kept, self.weight, *segments):
+            output = self._forward_impl(
+                input=input_,
+                weight=kept,
+                bias=None,
+                gradient_accumulation_fusion=False,
+                allreduce_dgrad=self.allreduce_dgrad and not alone,
+                sequence_parallel=self.sequence_parallel and not alone,
+                grad_output_buffer=None,
+                wgrad_deferral_limit=None,
+                tp_group=self.tp_group,
+            )
         return output, None
 
 
@@ -87,16 +89,18 @@ class ElasticRowParallelLinear(RowParallelLinear):
         """
         if segments is None:
             return super().forward(input_)
-        output = self._forward_impl(
-            input=input_,
-            weight=sliced_parameter(self.weight, *segments),
-            bias=None,
-            gradient_accumulation_fusion=False,
-            allreduce_dgrad=False,
-            sequence_parallel=False,
-            tp_group=None,
-            grad_output_buffer=None,
-        )
+        kept = sliced_parameter(self.weight, *segments)
+        with packed_again(kept, self.weight, *segments):
+            output = self._forward_impl(
+                input=input_,
+                weight=kept,
+                bias=None,
+                gradient_accumulation_fusion=False,
+                allreduce_dgrad=False,
+                sequence_parallel=False,
+                tp_group=None,
+                grad_output_buffer=None,
+            )
         if self.explicit_expert_comm:
             return output, None
         if self.sequence_parallel:

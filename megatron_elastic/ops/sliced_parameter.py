@@ -1,6 +1,7 @@
 """A contiguous slice of a parameter whose gradient goes straight into the parent's gradient buffer."""
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from itertools import product
 from typing import Any, NamedTuple
@@ -31,11 +32,37 @@ def sliced_parameter(weight: Tensor, *segments: Segments | None) -> Tensor:
     Raises:
         ValueError: more segments than dimensions, or ranges that are not ascending inside the dimension.
     """
-    if len(segments) > weight.dim():
-        raise ValueError(f"{len(segments)} segment lists for {weight.dim()} dimensions; give one a dimension at most")
-    ranges = tuple(_runs(kept, weight.size(dim)) for dim, kept in enumerate(segments))
-    packed: Tensor = _Slice.apply(weight, ranges)  # type: ignore[no-untyped-call]
+    packed: Tensor = _Slice.apply(weight, _ranges(weight, segments))  # type: ignore[no-untyped-call]
     return packed
+
+
+@contextmanager
+def packed_again(packed: Tensor, weight: Tensor, *segments: Segments | None) -> Iterator[None]:
+    """What runs inside keeps no copy of `packed` for its backward: the slice is packed again there.
+
+    A budget would otherwise hold a second set of its weights from its forward to its backward. The weight must not
+    change in between, as it does not inside a step.
+
+    Args:
+        packed: what `sliced_parameter` made of the other arguments.
+        weight, segments: as there.
+    """
+    copy = packed.untyped_storage().data_ptr()
+    if copy == weight.untyped_storage().data_ptr():
+        yield
+        return
+    ranges = _ranges(weight, segments)
+
+    def keep(saved: Tensor) -> Tensor | tuple[torch.Size, tuple[int, ...], int]:
+        if saved.untyped_storage().data_ptr() != copy:
+            return saved
+        return saved.size(), saved.stride(), int(saved.storage_offset())
+
+    def find(kept: Tensor | tuple[torch.Size, tuple[int, ...], int]) -> Tensor:
+        return kept if isinstance(kept, Tensor) else _pack(weight.detach(), ranges).as_strided(*kept)
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, find):
+        yield
 
 
 def sliced_parameter_ref(weight: Tensor, *segments: Segments | None) -> Tensor:
@@ -121,6 +148,12 @@ def _runs(kept: Segments | None, size: int) -> tuple[_Run, ...]:
             runs.append(_Run(start, width, width, 1, offset))
         offset += width
     return tuple(runs)
+
+
+def _ranges(weight: Tensor, segments: tuple[Segments | None, ...]) -> tuple[tuple[_Run, ...], ...]:
+    if len(segments) > weight.dim():
+        raise ValueError(f"{len(segments)} segment lists for {weight.dim()} dimensions; give one a dimension at most")
+    return tuple(_runs(kept, weight.size(dim)) for dim, kept in enumerate(segments))
 
 
 def _kept_size(runs: tuple[_Run, ...]) -> int:
