@@ -28,17 +28,20 @@ class Allocations:
         fields = [each.extra_fields for each in sorted(events, key=lambda each: each.start_time_ns)]
         self._events = [(each.ptr, each.alloc_size) for each in fields if each.device.type == "cpu"]
 
-    def peak(self, without: Iterable[torch.Tensor] = ()) -> int:
+    def peak(self, without: Iterable[torch.Tensor] = (), until: torch.Tensor | None = None) -> int:
         """Most bytes held at once.
 
         Args:
             without: tensors made meanwhile and still alive, whose memory is not counted.
+            until: what came after this tensor, made meanwhile and still alive, is not counted.
         """
         left_out = {tensor.untyped_storage().data_ptr() for tensor in without}
         # An address may have been used before: the tensor's own is the last allocation there.
         last = {pointer: index for index, (pointer, size) in enumerate(self._events) if size > 0}
         held, alive, most = dict[int, int](), 0, 0
         for index, (pointer, size) in enumerate(self._events):
+            if until is not None and index > last[until.untyped_storage().data_ptr()]:
+                break
             if size > 0 and not (pointer in left_out and last[pointer] == index):
                 held[pointer] = size
                 alive += size

@@ -16,10 +16,12 @@ def test_the_peak_is_what_was_held_at_once() -> None:
     with Allocations() as allocations:
         kept, gone = tensor(), tensor()
         del gone, before
+        marker = tensor()
         later = tensor()
         del later
-    assert SIZE * 2 <= allocations.peak() < SIZE * 2 + 1024
+    assert SIZE * 3 <= allocations.peak() < SIZE * 3 + 1024
     assert allocations.peak([kept]) == allocations.peak() - SIZE
+    assert SIZE * 2 <= allocations.peak(until=marker) < SIZE * 2 + 1024
 
 
 def test_temporaries_inside_an_operator_and_in_the_backward_count() -> None:
