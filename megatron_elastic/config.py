@@ -8,7 +8,15 @@ from typing import Any
 import yaml
 
 from megatron_elastic.budget import Selection
-from megatron_elastic.curriculum import TEACHERS, Calibration, Evaluation, PretrainRun, Stage, section
+from megatron_elastic.curriculum import (
+    TEACHERS,
+    Calibration,
+    DistillationLoss,
+    Evaluation,
+    PretrainRun,
+    Stage,
+    section,
+)
 from megatron_elastic.errors import RecipeError
 from megatron_elastic.family import Family
 from megatron_elastic.flags import flag_faults, model_shape
@@ -20,6 +28,7 @@ from megatron_elastic.router import RouterConfig
 
 __all__ = [
     "Calibration",
+    "DistillationLoss",
     "Evaluation",
     "PretrainRun",
     "Recipe",
@@ -46,6 +55,7 @@ class Recipe:
         save: where the family is saved.
         train_data, validation_data: data prefixes.
         temperature: of the KD softmax.
+        loss: divergence from the teacher, and what is added to it.
     """
 
     megatron: Mapping[str, Any]
@@ -60,6 +70,7 @@ class Recipe:
     train_data: str
     validation_data: str
     temperature: float
+    loss: DistillationLoss
     budget_mode: str
     save_interval: int
     evaluation: Evaluation
@@ -115,7 +126,7 @@ class Recipe:
 
 KNOWN_KEYS = (
     *("parent", "save", "train_data", "validation_data", "ffn_blocks", "axes", "budgets", "selections", "router"),
-    *("stages", "temperature", "save_interval", "evaluation", "calibration", "teacher", "budget_mode"),
+    *("stages", "temperature", "loss", "save_interval", "evaluation", "calibration", "teacher", "budget_mode"),
     *("heterogeneous", "depth_ranking", "expert_blocks", "deployment", "latency_table"),
 )
 BUDGET_MODES = ("joint", "sampled")
@@ -292,7 +303,8 @@ def parse_recipe(raw: Any, *, world_size: int | None = None, source: str = "reci
     single = _single(elastic, faults)
     evaluation = section(Evaluation, elastic.get("evaluation", {}), "elastic.evaluation", faults)
     calibration = section(Calibration, elastic.get("calibration", {}), "elastic.calibration", faults)
-    if faults or family is None or evaluation is None or calibration is None:
+    loss = section(DistillationLoss, elastic.get("loss", {}), "elastic.loss", faults)
+    if faults or family is None or evaluation is None or calibration is None or loss is None:
         raise RecipeError(faults, source)
     return Recipe(
         megatron=dict(megatron),
@@ -303,6 +315,7 @@ def parse_recipe(raw: Any, *, world_size: int | None = None, source: str = "reci
         router=router,
         evaluation=evaluation,
         calibration=calibration,
+        loss=loss,
         source=source,
         **single,
     )

@@ -1,4 +1,4 @@
-"""Settings of a recipe that are plain numbers: curriculum, the parent's training, evaluation, calibration."""
+"""Settings of a recipe that are plain numbers: curriculum, loss, the parent's training, evaluation, calibration."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
@@ -36,6 +36,39 @@ class Stage:
         if isinstance(self.teacher, str):
             return (self.teacher,) * len(budgets)
         return tuple(self.teacher.get(name, "frozen") for name in budgets)
+
+
+DIVERGENCES = ("forward_kl", "reverse_kl", "jsd")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillationLoss:
+    """What a budget learns from its teacher, and from the text beside it.
+
+    Attributes:
+        kind: `forward_kl`, KL(teacher || student); `reverse_kl`, KL(student || teacher); or `jsd`, the generalised
+            Jensen-Shannon divergence `beta KL(teacher || m) + (1 - beta) KL(student || m)` to their mixture
+            `m = beta teacher + (1 - beta) student`.
+        beta: the teacher's share of the mixture, between 0 and 1; for `jsd` only.
+        ce_weight: factor on the cross entropy of the labels, added to the divergence (which has factor 1).
+    """
+
+    kind: str = "forward_kl"
+    beta: float = 0.5
+    ce_weight: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.kind not in DIVERGENCES:
+            raise ElasticError(f"elastic.loss.kind: {self.kind!r} must be one of {list(DIVERGENCES)}")
+        if not 0.0 < self.beta < 1.0:
+            raise ElasticError(
+                f"elastic.loss.beta: {self.beta} must lie between 0 and 1; at 0 and 1 use forward_kl or reverse_kl"
+            )
+        if self.ce_weight < 0.0:
+            raise ElasticError(f"elastic.loss.ce_weight: {self.ce_weight} must not be negative")
+
+
+FORWARD_KL = DistillationLoss()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -45,10 +45,10 @@ SAMPLED = "kd of drawn budgets"
 class JointStep:
     """Megatron's `forward_step_func` for elastic distillation.
 
-    The gradient of a step is that of `sum_b w_b * mean_t KL(teacher || budget b)` plus the router's weighted penalty.
-    Joint: each student returns its summed KL times `w_b * K`, and core divides by all budgets' tokens, `K` times the
-    base tokens. Sampled: the budgets come as often as they weigh, each with its summed KL as it is, and the gradient is
-    that one in the mean over the draws (the penalty, which needs no text, is exact).
+    The gradient of a step is that of `sum_b w_b * mean_t KL(teacher || budget b)` (or another loss of the recipe) plus
+    the router's weighted penalty. Joint: each student returns its summed loss times `w_b * K`, and core divides by all
+    budgets' tokens, `K` times the base tokens. Sampled: the budgets come as often as they weigh, each with its summed
+    KL as it is, and the gradient is that one in the mean over the draws (the penalty, which needs no text, is exact).
 
     Where a budget's teacher is trainable, the teacher's turn runs the full budget as it is, without a gradient; and the
     full budget's own turn learns from the text: `ce_weight` times the cross entropy in place of a KL that is zero.
@@ -159,9 +159,10 @@ class JointStep:
             positions,
             **self._submodel(budget, training),
             teacher=self._targets[self.teachers[budget]] if chunk.post_process and not from_text else None,
-            labels=local["labels"] if chunk.post_process and from_text else None,
+            labels=local["labels"] if chunk.post_process and (from_text or self.recipe.loss.ce_weight) else None,
             loss_mask=mask,
             temperature=self.recipe.temperature,
+            loss=self.recipe.loss,
             documents=documents,
             moe=self._moe_role(budget) if training else None,
         )

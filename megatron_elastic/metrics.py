@@ -53,9 +53,9 @@ class StepLog:
 
     def step(self, iteration: int, state: Any) -> None:
         """Called before each optimizer step with the iterations already made."""
-        self._router(iteration, state)
         if iteration % self.interval:
             return
+        self._router(iteration, state)
         stage = self.recipe.stages[self.stage - 1]
         text = f"elastic | stage {self.stage} | iteration {iteration} | base samples {self._base_samples(iteration)}"
         now = time.monotonic()

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from megatron_elastic import metadata as family_metadata
 from megatron_elastic.budget import Selection
+from megatron_elastic.curriculum import FORWARD_KL, DistillationLoss
 from megatron_elastic.errors import CheckpointError
 from megatron_elastic.family import Family
 from megatron_elastic.layers.linear import ElasticLMHead, TeacherTarget
@@ -169,6 +170,7 @@ class ElasticHybridModel(HybridModel):
         labels: Tensor | None = None,
         loss_mask: Tensor | None = None,
         temperature: float = 1.0,
+        loss: DistillationLoss = FORWARD_KL,
         documents: Tensor | None = None,
         moe: MoeRole | None = None,
         packed_seq_params: PackedSeqParams | None = None,
@@ -188,9 +190,11 @@ class ElasticHybridModel(HybridModel):
             run_teacher: runs the frozen teacher instead and returns its final hidden states.
             live_teacher: with `run_teacher`: the parent as it is now is the teacher.
             teacher: on the last stage, returns the summed KD loss against it.
-            labels: `[b, s]`: on the last stage, returns the summed cross entropy.
+            labels: `[b, s]`: on the last stage and without `teacher`, returns the summed cross entropy; with it, for
+                the cross entropy that `loss` adds.
             loss_mask: `[b, s]`, required for a loss.
             temperature: of the KD softmax.
+            loss: divergence from the teacher, and the weight of the cross entropy.
             documents: number of each token's document, `[b, s * CP]`, of the whole sequence in the order of the text
                 and not decreasing: no token sees another document. The same on every rank and stage. None: a row is one
                 document.
@@ -230,6 +234,7 @@ class ElasticHybridModel(HybridModel):
             labels=labels,
             token_weights=loss_mask,
             temperature=temperature,
+            loss=loss,
         )
         if teacher is None and labels is None:
             return output.transpose(0, 1).contiguous()

@@ -15,7 +15,8 @@ from megatron_elastic.errors import RecipeError
 from megatron_elastic.flags import padded_vocabulary
 from megatron_elastic.hf.config import export_warnings
 from megatron_elastic.layout import BUFFERS, ModelShape, layer_number
-from megatron_elastic.ops.kd_loss import default_chunk_tokens
+from megatron_elastic.ops.divergence import tensors_alive
+from megatron_elastic.ops.fused_head import default_chunk_tokens
 from megatron_elastic.parallel import Ranks, ranks_of
 
 FP8_TILES = {"delayed": 16, "tensorwise": 16, "mxfp8": 32, "blockwise": 128}
@@ -159,13 +160,15 @@ def _activations(recipe: Recipe, ranks: Ranks, layers: Sequence[int], stage: Sta
 def _loss(recipe: Recipe, ranks: Ranks, stage: Stage) -> float:
     """Bytes of the KD loss on the last stage: the teacher's hidden states, and a chunk of logits.
 
-    Of a chunk there are the student's and the teacher's logits in bf16, and in fp32 some four of that size.
+    Of a chunk there are the student's and the teacher's logits in bf16, and in fp32 one tensor more than the loss works
+    on.
     """
     tokens = stage.micro_batch_size * stage.sequence_length // ranks.cp
     vocabulary = padded_vocabulary(recipe.megatron) // ranks.tp
-    chunk = min(tokens, default_chunk_tokens(tokens, vocabulary))
+    tensors = tensors_alive(recipe.loss)
+    chunk = min(tokens, default_chunk_tokens(tokens, vocabulary, tensors))
     hidden = tokens * recipe.family.shape.hidden
-    return 2 * hidden * 3 + chunk * vocabulary * (2 * 2 + 4 * 4)
+    return 2 * hidden * 3 + chunk * vocabulary * (2 * 2 + 4 * (tensors + 1))
 
 
 def gpu_memory(recipe: Recipe, ranks: Ranks, gpus: int) -> dict[str, int]:

@@ -267,14 +267,16 @@ def _start(request: dict[str, Any]) -> int:
 
 def serve() -> None:
     """Imports, then answers requests until its input ends."""
-    import tokenizers  # noqa: F401
-    from megatron.core.tokenizers.text import libraries  # noqa: F401
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast  # noqa: F401
+    # Standard output is for answers alone; transformers tells there that wandb is offline.
+    with contextlib.redirect_stdout(sys.stderr):
+        import tokenizers  # noqa: F401
+        from megatron.core.tokenizers.text import libraries  # noqa: F401
+        from transformers import AutoTokenizer, PreTrainedTokenizerFast  # noqa: F401
 
-    import megatron_elastic.cli.train
-    import megatron_elastic.cli.worker
-    import megatron_elastic.evaluation
-    import megatron_elastic.training  # noqa: F401
+        import megatron_elastic.cli.train
+        import megatron_elastic.cli.worker
+        import megatron_elastic.evaluation
+        import megatron_elastic.training  # noqa: F401
 
     threads = os.listdir("/proc/self/task")
     if len(threads) != 1:

@@ -16,8 +16,10 @@ from megatron.core.tensor_parallel.mappings import (
 from torch import Tensor
 
 from megatron_elastic.axes import Segments
-from megatron_elastic.ops.kd_loss import cross_entropy, kd_loss
-from megatron_elastic.ops.sliced_parameter import sliced_parameter
+from megatron_elastic.curriculum import FORWARD_KL, DistillationLoss
+from megatron_elastic.ops.cross_entropy import cross_entropy
+from megatron_elastic.ops.kd_loss import kd_loss
+from megatron_elastic.ops.sliced_parameter import packed_again, sliced_parameter
 
 
 def kept_weight(linear: torch.nn.Module, segments: tuple[Segments | None, ...] | None) -> Tensor:
@@ -56,17 +58,19 @@ class ElasticColumnParallelLinear(ColumnParallelLinear):
         alone = self.explicit_expert_comm
         if not (self.allreduce_dgrad or self.sequence_parallel or alone):
             input_ = copy_to_tensor_model_parallel_region(input_, group=self.tp_group)
-        output = self._forward_impl(
-            input=input_,
-            weight=sliced_parameter(self.weight, *segments),
-            bias=None,
-            gradient_accumulation_fusion=False,
-            allreduce_dgrad=self.allreduce_dgrad and not alone,
-            sequence_parallel=self.sequence_parallel and not alone,
-            grad_output_buffer=None,
-            wgrad_deferral_limit=None,
-            tp_group=self.tp_group,
-        )
+        kept = sliced_parameter(self.weight, *segments)
+        with packed_again(kept, self.weight, *segments):
+            output = self._forward_impl(
+                input=input_,
+                weight=kept,
+                bias=None,
+                gradient_accumulation_fusion=False,
+                allreduce_dgrad=self.allreduce_dgrad and not alone,
+                sequence_parallel=self.sequence_parallel and not alone,
+                grad_output_buffer=None,
+                wgrad_deferral_limit=None,
+                tp_group=self.tp_group,
+            )
         return output, None
 
 
@@ -85,16 +89,18 @@ class ElasticRowParallelLinear(RowParallelLinear):
         """
         if segments is None:
             return super().forward(input_)
-        output = self._forward_impl(
-            input=input_,
-            weight=sliced_parameter(self.weight, *segments),
-            bias=None,
-            gradient_accumulation_fusion=False,
-            allreduce_dgrad=False,
-            sequence_parallel=False,
-            tp_group=None,
-            grad_output_buffer=None,
-        )
+        kept = sliced_parameter(self.weight, *segments)
+        with packed_again(kept, self.weight, *segments):
+            output = self._forward_impl(
+                input=input_,
+                weight=kept,
+                bias=None,
+                gradient_accumulation_fusion=False,
+                allreduce_dgrad=False,
+                sequence_parallel=False,
+                tp_group=None,
+                grad_output_buffer=None,
+            )
         if self.explicit_expert_comm:
             return output, None
         if self.sequence_parallel:
@@ -136,17 +142,19 @@ class ElasticLMHead(ElasticColumnParallelLinear):
         labels: Tensor | None = None,
         token_weights: Tensor | None = None,
         temperature: float = 1.0,
+        loss: DistillationLoss = FORWARD_KL,
     ) -> tuple[Tensor, Tensor | None]:
-        """Logits, or with `teacher` the summed KD loss, or with `labels` the summed cross entropy.
+        """Logits, or with `teacher` the summed KD loss, or with `labels` alone the summed cross entropy.
 
         Args:
             input_: final hidden states, `[s, b, kept hidden]`.
             weight, runtime_gather_output: as in core (logits only).
             segments: kept rows and columns of the weight; None uses all of it.
             teacher: target of the distillation; its `log_sum_exp` is filled.
-            labels: `[b, s]`.
+            labels: `[b, s]`; with `teacher`, for the cross entropy that `loss` adds.
             token_weights: `[b, s]`, the loss mask.
             temperature: of the KD softmax.
+            loss: divergence from the teacher, and the weight of the cross entropy.
         """
         if teacher is None and labels is None:
             return super().forward(input_, weight, runtime_gather_output, segments=segments)
@@ -156,19 +164,22 @@ class ElasticLMHead(ElasticColumnParallelLinear):
         kept = sliced_parameter(self.weight, *segments) if segments is not None else self.weight
         group = self.tp_group if self.tp_group.size() > 1 else None
         mask = token_weights.transpose(0, 1).contiguous()
-        if labels is not None:
-            return cross_entropy(hidden, kept, labels.transpose(0, 1).contiguous(), mask, group=group), None
-        assert teacher is not None
+        targets = None if labels is None else labels.transpose(0, 1).contiguous()
+        if teacher is None:
+            assert targets is not None
+            return cross_entropy(hidden, kept, targets, mask, group=group), None
         with torch.no_grad():
             target = self._whole_sequence(teacher.hidden)
-        loss, teacher.log_sum_exp = kd_loss(
+        total, teacher.log_sum_exp = kd_loss(
             hidden,
             kept,
             target,
             self.weight.detach() if teacher.weight is None else teacher.weight,
             mask,
             temperature=temperature,
+            loss=loss,
+            labels=targets,
             group=group,
             teacher_lse=teacher.log_sum_exp,
         )
-        return loss, None
+        return total, None

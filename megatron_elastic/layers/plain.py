@@ -41,7 +41,7 @@ GATED_NORM_EPSILON = 1e-5
 """Epsilon of the gated norm: a constant in core's Mamba mixer, not `layernorm_epsilon`."""
 
 
-SSD_CHUNK = 32
+SSD_CHUNK = 64
 """Tokens per chunk of the torch scan; core's 128 suits its kernels. It changes the result by rounding only."""
 
 

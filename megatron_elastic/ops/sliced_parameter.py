@@ -1,7 +1,10 @@
 """A contiguous slice of a parameter whose gradient goes straight into the parent's gradient buffer."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import lru_cache
 from itertools import product
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,11 +32,37 @@ def sliced_parameter(weight: Tensor, *segments: Segments | None) -> Tensor:
     Raises:
         ValueError: more segments than dimensions, or ranges that are not ascending inside the dimension.
     """
-    if len(segments) > weight.dim():
-        raise ValueError(f"{len(segments)} segment lists for {weight.dim()} dimensions; give one a dimension at most")
-    ranges = tuple(_merged(kept, weight.size(dim)) for dim, kept in enumerate(segments))
-    packed: Tensor = _Slice.apply(weight, ranges)  # type: ignore[no-untyped-call]
+    packed: Tensor = _Slice.apply(weight, _ranges(weight, segments))  # type: ignore[no-untyped-call]
     return packed
+
+
+@contextmanager
+def packed_again(packed: Tensor, weight: Tensor, *segments: Segments | None) -> Iterator[None]:
+    """What runs inside keeps no copy of `packed` for its backward: the slice is packed again there.
+
+    A budget would otherwise hold a second set of its weights from its forward to its backward. The weight must not
+    change in between, as it does not inside a step.
+
+    Args:
+        packed: what `sliced_parameter` made of the other arguments.
+        weight, segments: as there.
+    """
+    copy = packed.untyped_storage().data_ptr()
+    if copy == weight.untyped_storage().data_ptr():
+        yield
+        return
+    ranges = _ranges(weight, segments)
+
+    def keep(saved: Tensor) -> Tensor | tuple[torch.Size, tuple[int, ...], int]:
+        if saved.untyped_storage().data_ptr() != copy:
+            return saved
+        return saved.size(), saved.stride(), int(saved.storage_offset())
+
+    def find(kept: Tensor | tuple[torch.Size, tuple[int, ...], int]) -> Tensor:
+        return kept if isinstance(kept, Tensor) else _pack(weight.detach(), ranges).as_strided(*kept)
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, find):
+        yield
 
 
 def sliced_parameter_ref(weight: Tensor, *segments: Segments | None) -> Tensor:
@@ -74,10 +103,29 @@ def dummy_gradient(weight: Tensor) -> Tensor:
     return _DUMMIES.like(weight)
 
 
-def _merged(kept: Segments | None, size: int) -> Segments:
-    """Joined ranges without empty ones; `()` keeps nothing."""
+class _Run(NamedTuple):
+    """Equally long ranges at equal distances along one dimension: a strided view, however many they are.
+
+    Attributes:
+        start: of the first range.
+        stride: from one range's start to the next one's.
+        width: entries of each range.
+        repeats: number of ranges.
+        offset: where the first one lies in the packed dimension, in which they touch.
+    """
+
+    start: int
+    stride: int
+    width: int
+    repeats: int
+    offset: int
+
+
+@lru_cache(maxsize=4096)
+def _runs(kept: Segments | None, size: int) -> tuple[_Run, ...]:
+    """Ranges as few runs, joined where they touch and without empty ones; `()` keeps nothing."""
     if kept is None:
-        return ((0, size),)
+        return (_Run(0, size, size, 1, 0),)
     merged: list[tuple[int, int]] = []
     end = 0
     for start, stop in kept:
@@ -88,40 +136,64 @@ def _merged(kept: Segments | None, size: int) -> Segments:
             merged[-1] = (merged[-1][0], stop)
         elif stop > start:
             merged.append((start, stop))
-    return tuple(merged)
+    runs: list[_Run] = []
+    offset = 0
+    for start, stop in merged:
+        width, last = stop - start, runs[-1] if runs else None
+        if last is not None and last.width == width and last.repeats == 1:
+            runs[-1] = last._replace(stride=start - last.start, repeats=2)
+        elif last is not None and last.width == width and start == last.start + last.repeats * last.stride:
+            runs[-1] = last._replace(repeats=last.repeats + 1)
+        else:
+            runs.append(_Run(start, width, width, 1, offset))
+        offset += width
+    return tuple(runs)
 
 
-def _pack(tensor: Tensor, ranges: tuple[Segments, ...], dim: int = 0) -> Tensor:
-    """The kept entries of `tensor` from dimension `dim` on: a view where one range is kept, else a copy."""
-    if dim == len(ranges):
-        return tensor
-    parts = [_pack(tensor.narrow(dim, start, stop - start), ranges, dim + 1) for start, stop in ranges[dim]]
-    if not parts:
-        return _pack(tensor.narrow(dim, 0, 0), ranges, dim + 1)
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
+def _ranges(weight: Tensor, segments: tuple[Segments | None, ...]) -> tuple[tuple[_Run, ...], ...]:
+    if len(segments) > weight.dim():
+        raise ValueError(f"{len(segments)} segment lists for {weight.dim()} dimensions; give one a dimension at most")
+    return tuple(_runs(kept, weight.size(dim)) for dim, kept in enumerate(segments))
 
 
-def _blocks(full: Tensor, packed: Tensor, ranges: tuple[Segments, ...]) -> list[tuple[Tensor, Tensor]]:
-    """Pairs of views `(in full, in packed)` that cover the slice."""
-    placed = []
-    for kept in ranges:
-        offset, along = 0, []
-        for start, stop in kept:
-            along.append((slice(start, stop), slice(offset, offset + stop - start)))
-            offset += stop - start
-        placed.append(along)
-    return [
-        (full[tuple(source for source, _ in block)], packed[tuple(target for _, target in block)])
-        for block in product(*placed)
-    ]
+def _kept_size(runs: tuple[_Run, ...]) -> int:
+    return sum(run.width * run.repeats for run in runs)
+
+
+def _blocks(full: Tensor, packed: Tensor, ranges: tuple[tuple[_Run, ...], ...]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Pairs of views `(in full, in packed)` of one shape that cover the slice: one pair for each choice of runs."""
+    rest = full.shape[len(ranges) :]
+    for block in product(*ranges):
+        shape = [size for run in block for size in (run.repeats, run.width)]
+        views = []
+        for tensor, packs in ((full, False), (packed, True)):
+            strides, start = list[int](), tensor.storage_offset()
+            for run, step in zip(block, tensor.stride(), strict=False):
+                strides += [(run.width if packs else run.stride) * step, step]
+                start += (run.offset if packs else run.start) * step
+            views.append(tensor.as_strided((*shape, *rest), (*strides, *tensor.stride()[len(ranges) :]), start))
+        yield views[0], views[1]
+
+
+def _pack(weight: Tensor, ranges: tuple[tuple[_Run, ...], ...]) -> Tensor:
+    """The kept entries: a view where they are contiguous, else one copy."""
+    if all(len(runs) == 1 and runs[0].repeats == 1 for runs in ranges):
+        packed = weight
+        for dim, (run,) in enumerate(ranges):
+            packed = packed.narrow(dim, run.start, run.width)
+        return packed.contiguous()
+    packed = weight.new_empty([*map(_kept_size, ranges), *weight.shape[len(ranges) :]])
+    for whole, part in _blocks(weight, packed, ranges):
+        part.copy_(whole)
+    return packed
 
 
 class _Slice(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, ranges: tuple[Segments, ...]) -> Tensor:
+    def forward(ctx: Any, weight: Tensor, ranges: tuple[tuple[_Run, ...], ...]) -> Tensor:
         # Kept as an attribute: its values are not needed, but its `main_grad` is.
         ctx.weight, ctx.ranges = weight, ranges
-        packed = _pack(weight, ranges).contiguous()
+        packed = _pack(weight, ranges)
         return packed.view_as(packed) if packed is weight else packed
 
     @staticmethod

@@ -14,11 +14,12 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.training import global_vars
 from torch import Tensor
 
-from megatron_elastic.curriculum import Stage
+from megatron_elastic.curriculum import FORWARD_KL, DistillationLoss, Stage
 from megatron_elastic.distillation.roles import LIVE_TEACHER, OF_KIND, JointRoles
 from megatron_elastic.forward_step import JointStep
 from megatron_elastic.metadata import Metadata
 from megatron_elastic.model import FamilyState
+from megatron_elastic.ops.divergence import divergence_ref
 from megatron_elastic.router import Router, RouterConfig, RouterTrainer
 
 WEIGHTS = (0.5, 0.3, 0.2)
@@ -28,6 +29,7 @@ STEP = 4
 STAGE = Stage(iterations=20, sequence_length=24, global_batch_size=4, micro_batch_size=2, weights=WEIGHTS)
 MIXED = replace(STAGE, teacher={"p100": "trainable", "p75": "trainable"}, ce_weight=0.5)
 """The full budget learns from the text and teaches one other; the third follows the frozen teacher."""
+MIXTURE = DistillationLoss(kind="jsd", beta=0.3, ce_weight=0.4)
 
 
 class SilentLog:
@@ -52,7 +54,9 @@ def teachers(stage: Stage) -> list[int]:
     return [OF_KIND[kind] for kind in stage.teachers([budget.name for budget in kit.FAMILY.budgets])]
 
 
-def reference(mode: str, stage: Stage = STAGE) -> dict[str, Any]:
+def reference(
+    mode: str, stage: Stage = STAGE, loss: DistillationLoss = FORWARD_KL, temperature: float = 1.0
+) -> dict[str, Any]:
     """A plain loop over base microbatches and budgets on one process: no schedule, no DDP, router inside the graph."""
     kit.layout_of_ranks()
     model = kit.elastic_model()
@@ -79,8 +83,10 @@ def reference(mode: str, stage: Stage = STAGE) -> dict[str, Any]:
                 logits = model(*where, **how).flatten(0, 1)
                 each = torch.nn.functional.cross_entropy(logits, batch["labels"].flatten(), reduction="none")
                 summed, factor = (each * batch["loss_mask"].flatten()).sum(), stage.ce_weight
-            else:
+            elif loss == FORWARD_KL and temperature == 1.0:
                 summed, factor = model(*where, **how, teacher=targets[kind], loss_mask=batch["loss_mask"]), 1.0
+            else:
+                summed, factor = unfused(model(*where, **how), targets[kind], batch, loss, temperature), 1.0
             losses[budget] += summed.detach()
             total = total + weight * factor * summed / tokens
     if mode == "soft":
@@ -95,6 +101,16 @@ def reference(mode: str, stage: Stage = STAGE) -> dict[str, Any]:
         "router": {name: p.grad for name, p in router.named_parameters() if p.grad is not None},
         "losses": losses / tokens,
     }
+
+
+def unfused(
+    logits: Tensor, target: Any, batch: dict[str, Tensor], loss: DistillationLoss, temperature: float
+) -> Tensor:
+    """A loss of the recipe, by its definition, from the logits `[b, s, V]` of the model."""
+    teacher = (target.hidden @ target.weight.t()).transpose(0, 1)
+    divergence = divergence_ref((logits / temperature).log_softmax(-1), (teacher / temperature).log_softmax(-1), loss)
+    text = torch.nn.functional.cross_entropy(logits.transpose(1, 2), batch["labels"], reduction="none")
+    return ((temperature**2 * divergence + loss.ce_weight * text) * batch["loss_mask"]).sum()
 
 
 def roles(size: int, stage: Stage) -> list[dict[str, Tensor]]:
@@ -140,7 +156,15 @@ def keep_masks_on_the_stack(model: Any) -> None:
 
 
 def joint(
-    mode: str, tp: int, pp: int, *, ambient: bool = False, stage: Stage = STAGE, **config: Any
+    mode: str,
+    tp: int,
+    pp: int,
+    *,
+    ambient: bool = False,
+    stage: Stage = STAGE,
+    loss: DistillationLoss = FORWARD_KL,
+    temperature: float = 1.0,
+    **config: Any,
 ) -> dict[str, Any]:
     """One step of `JointStep` through core's schedule and DDP."""
     kit.layout_of_ranks(tp, pp)
@@ -152,7 +176,7 @@ def joint(
         Metadata.of_family(kit.FAMILY, {}, selections=kit.SELECTIONS if mode == "sliced" else ()), trainer
     )
     model.states = (state,)
-    recipe = SimpleNamespace(family=kit.FAMILY, temperature=1.0, budget_mode="joint")
+    recipe = SimpleNamespace(family=kit.FAMILY, temperature=temperature, loss=loss, budget_mode="joint")
     step = JointStep(recipe, state, stage, SilentLog())  # type: ignore[arg-type]
     model.config.finalize_model_grads_func = step.finalize
     wrapped = DistributedDataParallel(
@@ -234,6 +258,10 @@ def run_all() -> dict[str, dict[str, float]]:
             followed = joint(mode, tp, pp, stage=MIXED)
             results[f"{name}_mixed_teachers/{mode}"] = compare(followed, reference(mode, MIXED))
             results[f"one_teacher/{mode}"] = {"grads": kit.worst(followed["grads"], want["grads"])}
+        chosen: dict[str, Any] = {"loss": MIXTURE, "temperature": 2.0}
+        learnt = joint(mode, 2, 1, sequence_parallel=True, **chosen)
+        results[f"tp2_sp_mixture/{mode}"] = compare(learnt, reference(mode, **chosen))
+        results[f"forward_kl/{mode}"] = {"grads": kit.worst(learnt["grads"], want["grads"])}
         # The negative of all of them: the other mode's gradients, from other selections, are not these.
         other = reference("sliced" if mode == "soft" else "soft")
         results[f"other/{mode}"] = {"grads": kit.worst(other["grads"], want["grads"])}

@@ -46,5 +46,13 @@ def test_budgets_that_follow_different_teachers_equal_the_plain_loop(
     assert errors[f"one_teacher/{mode}"]["grads"] > 1e-2
 
 
+@pytest.mark.parametrize("mode", ["soft", "sliced"])
+def test_a_divergence_beside_the_text_equals_the_plain_loop(errors: dict[str, dict[str, float]], mode: str) -> None:
+    """JSD with a temperature, and a share of the labels' cross entropy: the plain loop has them from whole logits."""
+    for quantity, error in errors[f"tp2_sp_mixture/{mode}"].items():
+        assert error < TOLERANCES[quantity], (quantity, error)
+    assert errors[f"forward_kl/{mode}"]["grads"] > 1e-2
+
+
 def test_recompute_with_a_selection_left_on_the_module_would_show(errors: dict[str, dict[str, float]]) -> None:
     assert errors["ambient/soft"]["grads"] > 1e-2

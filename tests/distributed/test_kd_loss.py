@@ -7,13 +7,22 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from megatron_elastic.ops.kd_loss import cross_entropy, kd_loss, kd_loss_ref
+from megatron_elastic.curriculum import DistillationLoss
+from megatron_elastic.ops.cross_entropy import cross_entropy
+from megatron_elastic.ops.kd_loss import kd_loss, kd_loss_ref
 
 pytestmark = pytest.mark.distributed
 
 # fp64 sums of some hundred terms of size one, in another order.
 EXACT = {"rtol": 1e-11, "atol": 1e-12}
 WORLD, VOCABULARY = 2, 14
+LOSSES = [
+    DistillationLoss(),
+    DistillationLoss(kind="reverse_kl"),
+    DistillationLoss(kind="jsd", beta=0.3),
+    DistillationLoss(kind="jsd", ce_weight=0.6),
+    DistillationLoss(ce_weight=0.6),
+]
 
 
 def make_inputs():
@@ -36,27 +45,30 @@ def check_rank(rank, store_path):
     hidden, weight, teacher_hidden, teacher_weight, weights, labels = make_inputs()
     hidden.requires_grad_()
     weight.requires_grad_()
-    expected, expected_lse = kd_loss_ref(hidden, weight, teacher_hidden, teacher_weight, weights, temperature=1.5)
-    expected_grads = torch.autograd.grad(expected, (hidden, weight))
-
     half = VOCABULARY // WORLD
     shard = slice(rank * half, (rank + 1) * half)
     part = weight.detach()[shard].clone().requires_grad_()
-    group, known = dist.group.WORLD, None
-    for _ in range(2):
-        loss, known = kd_loss(
-            hidden, part, teacher_hidden, teacher_weight[shard], weights,
-            temperature=1.5, group=group, teacher_lse=known, chunk_tokens=4,
-        )  # fmt: skip
-        torch.testing.assert_close(loss, expected, **EXACT)
-        torch.testing.assert_close(known, expected_lse, **EXACT)
-        d_hidden, d_part = torch.autograd.grad(loss, (hidden, part))
-        torch.testing.assert_close(d_part, expected_grads[1][shard], **EXACT)
-        assert not torch.allclose(d_hidden, expected_grads[0], rtol=1e-3)
-        dist.all_reduce(d_hidden)
-        torch.testing.assert_close(d_hidden, expected_grads[0], **EXACT)
-    alone, _ = kd_loss(hidden, part, teacher_hidden, teacher_weight[shard], weights, temperature=1.5)
-    assert not torch.allclose(alone, expected, rtol=1e-3)
+    group = dist.group.WORLD
+    for chosen in LOSSES:
+        settings = {"temperature": 1.5, "loss": chosen, "labels": labels}
+        expected, expected_lse = kd_loss_ref(hidden, weight, teacher_hidden, teacher_weight, weights, **settings)
+        expected_grads = torch.autograd.grad(expected, (hidden, weight))
+        known = None
+        for _ in range(2):
+            loss, known = kd_loss(
+                hidden, part, teacher_hidden, teacher_weight[shard], weights,
+                group=group, teacher_lse=known, chunk_tokens=4, **settings,
+            )  # fmt: skip
+            torch.testing.assert_close(loss, expected, **EXACT)
+            torch.testing.assert_close(known, expected_lse, **EXACT)
+            d_hidden, d_part = torch.autograd.grad(loss, (hidden, part))
+            torch.testing.assert_close(d_part, expected_grads[1][shard], **EXACT)
+            assert not torch.allclose(d_hidden, expected_grads[0], rtol=1e-3)
+            dist.all_reduce(d_hidden)
+            torch.testing.assert_close(d_hidden, expected_grads[0], **EXACT)
+        inside = {**settings, "labels": labels % half}
+        alone, _ = kd_loss(hidden, part, teacher_hidden, teacher_weight[shard], weights, **inside)
+        assert not torch.allclose(alone, expected, rtol=1e-3)
 
     whole = cross_entropy(hidden, weight, labels, weights)
     torch.testing.assert_close(cross_entropy(hidden, part, labels, weights, group, 4), whole, **EXACT)

@@ -104,6 +104,26 @@ def test_documents_are_kept_apart_on_every_layout(server: RankServer, base: Path
     assert max(abs(a - b) for a, b in zip(values(one), values(together), strict=True)) > 1e-4
 
 
+def test_a_step_between_two_lines_of_the_log_waits_for_no_device(
+    server: RankServer, base: Path, tmp_path: Path
+) -> None:
+    """The router decides after step 3; steps 0 and 4 are those of a line of the log."""
+    counting = hook("tests.end_to_end.host_reads:count", out=str(tmp_path / "reads"))
+    train(
+        server, base, tmp_path / "run", hooks=[counting], megatron={"log-interval": 4},
+        stages=[{**STAGE, "iterations": 7, "sequence_length": 32}], save_interval=100,
+        evaluation={"interval": 100, "iterations": 1},
+    )  # fmt: skip
+    # The loader's batches are on the host: their role is read there, once a microbatch (teacher and two budgets).
+    role, microbatches = "forward_step.py:__call__:__int__", 4 * 3
+    for rank in range(2):
+        reads = json.loads((tmp_path / f"reads-{rank}").read_text())
+        for soft_or_sliced in ("1", "5"):
+            assert reads[soft_or_sliced] == {role: microbatches}, rank
+    # What happens now and then is seen: the last stage tells the losses, the router its choices.
+    assert {"loss_log.py:committed:tolist", "metrics.py:_router:tolist"} <= {key for n in reads for key in reads[n]}
+
+
 def test_a_router_that_differs_on_one_rank_stops_the_run(server: RankServer, base: Path, tmp_path: Path) -> None:
     wrong = hook("tests.end_to_end.faults:other_router", victim=1)
     router = {**ELASTIC["router"], "check_interval": 1}

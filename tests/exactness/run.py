@@ -16,6 +16,7 @@ from megatron.training import global_vars
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from megatron_elastic.curriculum import FORWARD_KL
 from megatron_elastic.forward_step import JointStep
 from megatron_elastic.metadata import Metadata
 from megatron_elastic.model import FamilyState
@@ -81,7 +82,7 @@ def run(mode: str, layout: Layout, *, faulty: bool = False) -> dict[str, Any]:
         make_faulty(chunks)
     description = Metadata.of_family(sizes.FAMILY, {}, selections=() if soft else sizes.SELECTIONS)
     state = FamilyState(description, trainer)
-    recipe: Any = SimpleNamespace(family=sizes.FAMILY, temperature=1.0, budget_mode=mode.split()[0])
+    recipe: Any = SimpleNamespace(family=sizes.FAMILY, temperature=1.0, loss=FORWARD_KL, budget_mode=mode.split()[0])
     log: Any = SilentLog()
     step = JointStep(recipe, state, sizes.STAGE, log)
     if faulty:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import yaml
 
-from megatron_elastic.config import load_recipe, parse_recipe
+from megatron_elastic.config import DistillationLoss, load_recipe, parse_recipe
 from megatron_elastic.errors import RecipeError
 from tests.unit.small_family import every_selection
 
@@ -51,6 +51,13 @@ def test_the_quickstarts_recipe_is_right() -> None:
     assert recipe.stage_of(recipe.iterations_before(2) - 1) == 1
     assert recipe.pretrain is not None
     assert recipe.pretrain.stage.iterations == recipe.pretrain.iterations
+
+
+def test_the_loss_is_the_forward_kl_unless_the_recipe_says_otherwise() -> None:
+    assert parse_recipe(GOOD, world_size=2).loss == DistillationLoss(kind="forward_kl", ce_weight=0.0)
+    chosen = parse_recipe(changed(elastic__loss={"kind": "jsd", "beta": 0.2, "ce_weight": 1}), world_size=2)
+    assert chosen.loss == DistillationLoss(kind="jsd", beta=0.2, ce_weight=1.0)
+    assert chosen.temperature == GOOD["elastic"]["temperature"]
 
 
 def test_a_drawn_budget_makes_two_roles_and_the_parent_is_the_teacher_by_default() -> None:
@@ -131,6 +138,11 @@ def test_every_budget_is_reached_by_several_selections() -> None:
         ({"elastic__router__iterations": 10_000}, "exceeds the stages' iterations"),
         ({"elastic__router": "on"}, "elastic.router: 'on' must be a mapping"),
         ({"elastic__temperature": 0}, "elastic.temperature: 0 must be a number above 0"),
+        ({"elastic__loss": {"kind": "kl"}}, "elastic.loss.kind: 'kl' must be one of ['forward_kl'"),
+        ({"elastic__loss": {"kind": "jsd", "beta": 1}}, "elastic.loss.beta: 1.0 must lie between 0 and 1"),
+        ({"elastic__loss": {"ce_weight": -1}}, "elastic.loss.ce_weight: -1 must not be negative"),
+        ({"elastic__loss": {"temperature": 2}}, "elastic.loss.temperature: unknown key"),
+        ({"elastic__loss": "jsd"}, "elastic.loss: 'jsd' must be a mapping"),
         ({"elastic__save_interval": 0}, "elastic.save_interval: 0"),
         ({"elastic__save": 3}, "elastic.save: 3 must be a path"),
         # The parent's training.

@@ -36,6 +36,13 @@ def test_help_imports_nothing_heavy() -> None:
     assert not imported & {"torch", "megatron", "megatron.core", "numpy", "yaml", "transformers", "matplotlib"}
 
 
+def test_the_package_imports_neither_torch_nor_the_engine() -> None:
+    program = "import sys, megatron_elastic; print(*sys.modules)"
+    shown = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert "megatron_elastic" in shown.split()
+    assert not set(shown.split()) & {"torch", "megatron", "megatron.core", "transformers"}
+
+
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_command_explains_itself(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:

@@ -1,7 +1,13 @@
 import pytest
 import torch
 
-from megatron_elastic.ops.kd_loss import cross_entropy, cross_entropy_ref, default_chunk_tokens, kd_loss, kd_loss_ref
+from megatron_elastic.curriculum import DistillationLoss
+from megatron_elastic.errors import ElasticError
+from megatron_elastic.ops import fused_head
+from megatron_elastic.ops.cross_entropy import cross_entropy, cross_entropy_ref
+from megatron_elastic.ops.divergence import tensors_alive
+from megatron_elastic.ops.fused_head import default_chunk_tokens
+from megatron_elastic.ops.kd_loss import kd_loss, kd_loss_ref
 from tests.unit.ops.tensor_watch import TensorWatch
 
 # fp64 sums of some hundred terms of size one.
@@ -31,10 +37,139 @@ def test_fused_equals_unfused(chunk, temperature):
         torch.testing.assert_close(a, b, **EXACT)
 
 
-def test_gradcheck():
+LOSSES = [
+    DistillationLoss(kind="reverse_kl"),
+    DistillationLoss(kind="jsd"),
+    DistillationLoss(kind="jsd", beta=0.1),
+    DistillationLoss(kind="jsd", beta=0.9, ce_weight=0.7),
+    DistillationLoss(ce_weight=0.3),
+    DistillationLoss(kind="reverse_kl", ce_weight=2.0),
+]
+
+
+def make_labels(weights, vocabulary=11):
+    labels = torch.arange(weights.numel()).view(weights.shape) % vocabulary
+    return labels.masked_fill(weights == 0, 0)
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 15, None])
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+@pytest.mark.parametrize("chosen", LOSSES, ids=str)
+def test_every_loss_equals_its_reference(chosen, temperature, chunk):
+    inputs = make_inputs()
+    settings = {"temperature": temperature, "loss": chosen, "labels": make_labels(inputs[4])}
+    expected, expected_lse = kd_loss_ref(*inputs, **settings)
+    wanted, known = torch.autograd.grad(expected * 0.7, inputs[:2], retain_graph=True), None
+    for _ in range(2):  # the second with the teacher's log-sum-exp
+        total, known = kd_loss(*inputs, **settings, teacher_lse=known, chunk_tokens=chunk)
+        torch.testing.assert_close(total, expected, **EXACT)
+        torch.testing.assert_close(known, expected_lse, **EXACT)
+        for a, b in zip(torch.autograd.grad(total * 0.7, inputs[:2]), wanted, strict=True):
+            torch.testing.assert_close(a, b, **EXACT)
+    other, _ = kd_loss(*inputs, temperature=temperature, chunk_tokens=chunk)
+    assert not torch.allclose(total, other, rtol=1e-3)
+    other = kd_loss(*inputs, **settings | {"temperature": temperature + 0.5}, chunk_tokens=chunk)[0]
+    assert not torch.allclose(total, other, rtol=1e-3)
+
+
+def test_the_losses_are_what_they_are_called():
+    hidden, weight, teacher_hidden, teacher_weight, weights = make_inputs()
+    forward, _ = kd_loss(hidden, weight, teacher_hidden, teacher_weight, weights)
+    reverse = DistillationLoss(kind="reverse_kl")
+    swapped, _ = kd_loss(teacher_hidden, teacher_weight, hidden.detach(), weight.detach(), weights, loss=reverse)
+    torch.testing.assert_close(swapped, forward.detach(), **EXACT)
+    # Near its ends the generalised divergence is a share of one of the two.
+    share = 1e-6
+    backward, _ = kd_loss(hidden, weight, teacher_hidden, teacher_weight, weights, loss=reverse)
+    for beta, end in ((share, forward), (1 - share, backward)):
+        jsd, _ = kd_loss(
+            hidden, weight, teacher_hidden, teacher_weight, weights, loss=DistillationLoss(kind="jsd", beta=beta)
+        )
+        # The next term is a share of the divergence's own second moment.
+        torch.testing.assert_close(jsd / share, end, rtol=1e-3, atol=0.0)
+    even = DistillationLoss(kind="jsd")
+    one, _ = kd_loss(hidden, weight, teacher_hidden, teacher_weight, weights, loss=even)
+    other, _ = kd_loss(teacher_hidden, teacher_weight, hidden.detach(), weight.detach(), weights, loss=even)
+    torch.testing.assert_close(one.detach(), other, **EXACT)
+    assert one < torch.tensor(2.0).log() * weights.sum()  # its bound
+    assert forward > torch.tensor(2.0).log() * weights.sum()
+
+
+@pytest.mark.parametrize("chosen", [DistillationLoss(), *LOSSES[:3]], ids=str)
+def test_every_divergence_of_the_teacher_itself_is_zero_and_large_logits_stay_finite(chosen):
+    hidden, weight, teacher_hidden, teacher_weight, weights = make_inputs(dtype=torch.float32)
+    same, _ = kd_loss(hidden, weight, hidden.detach(), weight.detach(), weights, loss=chosen)
+    same.backward()
+    # The mixture of two equal distributions is rounded: 1e-7 of a log-probability, a token.
+    assert 0 <= same < 1e-5
+    assert hidden.grad.abs().max() < 1e-5
+    assert kd_loss(hidden, weight, hidden.detach() * 1.1, weight.detach(), weights, loss=chosen)[0] > 1e-3
+    far = [hidden * 1e3, weight, teacher_hidden * 1e3, teacher_weight, weights]
+    total, _ = kd_loss(*far, loss=chosen)
+    total.backward()
+    assert hidden.grad.isfinite().all()
+    # fp32 logits of order 1e3 carry 1e-7 of that each.
+    torch.testing.assert_close(total, kd_loss_ref(*far, loss=chosen)[0], rtol=1e-5, atol=1e-3)
+
+
+@pytest.mark.parametrize("chosen", [DistillationLoss(), *LOSSES], ids=str)
+def test_as_many_tensors_are_alive_as_the_chunks_are_sized_for(chosen):
+    inputs = make_inputs(64, 2, 4, 6, 4096, torch.float32)
+    labels = make_labels(inputs[4], 4096)
+    with TensorWatch().know(*inputs) as watch:
+        kd_loss(*inputs, loss=chosen, labels=labels, chunk_tokens=16)
+    chunk = 16 * 4096 * 4
+    # Beside them the weight's gradient, a quarter of a chunk here, and what a token has.
+    assert tensors_alive(chosen) * chunk <= watch.peak <= (tensors_alive(chosen) + 0.5) * chunk
+
+
+def test_gradients_are_handed_out_once():
+    inputs = make_inputs()
+    total, _ = kd_loss(*inputs)
+    total.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="differentiated twice"):
+        total.backward()
+
+
+def test_a_loss_that_is_none_is_refused():
+    for settings, message in (
+        ({"kind": "kl"}, "elastic.loss.kind: 'kl' must be one of"),
+        ({"kind": "jsd", "beta": 1.0}, "use forward_kl or reverse_kl"),
+        ({"beta": 0.0}, "elastic.loss.beta: 0.0 must lie between"),
+        ({"ce_weight": -1.0}, "elastic.loss.ce_weight: -1.0 must not be negative"),
+    ):
+        with pytest.raises(ElasticError, match=message):
+            DistillationLoss(**settings)
+    inputs = make_inputs()
+    for labels in (None, make_labels(inputs[4])[:-1]):
+        with pytest.raises(ValueError, match=r"ce_weight is 0.5 and labels are .*; give labels \(5, 3\)"):
+            kd_loss(*inputs, loss=DistillationLoss(ce_weight=0.5), labels=labels)
+
+
+class DifferentiatedAgain(torch.autograd.Function):
+    """The loss, computed again for every backward: the check runs several."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, function):
+        ctx.save_for_backward(hidden, weight)
+        ctx.function = function
+        return function(hidden, weight)
+
+    @staticmethod
+    def backward(ctx, grad):
+        inputs = [t.detach().requires_grad_() for t in ctx.saved_tensors]
+        with torch.enable_grad():
+            total = ctx.function(*inputs)
+        return *torch.autograd.grad(total, inputs, grad), None
+
+
+@pytest.mark.parametrize("chosen", [DistillationLoss(), *LOSSES[:4]], ids=str)
+def test_gradcheck(chosen):
     hidden, weight, *rest = make_inputs(3, 2, 2, 3, 5)
+    settings = {"temperature": 1.5, "chunk_tokens": 4, "loss": chosen, "labels": make_labels(rest[-1], 5)}
     assert torch.autograd.gradcheck(
-        lambda x, w: kd_loss(x, w, *rest, temperature=1.5, chunk_tokens=4)[0], (hidden, weight)
+        lambda x, w: DifferentiatedAgain.apply(x, w, lambda x, w: kd_loss(x, w, *rest, **settings)[0]),
+        (hidden, weight),
     )
 
 
@@ -86,7 +221,9 @@ def test_large_logits_stay_finite():
     torch.testing.assert_close(loss, kd_loss_ref(*inputs)[0])
 
 
-def test_bfloat16_loss_is_summed_in_float32():
+@pytest.mark.parametrize("rows", [4, 2**14])
+def test_bfloat16_loss_is_summed_in_float32(rows, monkeypatch):
+    monkeypatch.setattr(fused_head, "_ROWS", rows)
     inputs = make_inputs(dtype=torch.float32)
     low = [t.detach().bfloat16().requires_grad_(t.requires_grad) for t in inputs]
     loss, _ = kd_loss(*low, chunk_tokens=4)
@@ -139,6 +276,7 @@ def test_default_chunks_are_bounded():
     assert default_chunk_tokens(8192, 1000) == 256
     assert default_chunk_tokens(2**20, 2**17) == 256
     assert default_chunk_tokens(2**22, 2**17) == 256
+    assert default_chunk_tokens(2**22, 2**17, tensors=4) == 192
 
 
 def test_bad_arguments_are_refused():

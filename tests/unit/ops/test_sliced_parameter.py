@@ -1,9 +1,11 @@
+import contextlib
 import itertools
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from megatron_elastic.ops.sliced_parameter import DummyGradients, sliced_parameter, sliced_parameter_ref
+from megatron_elastic.ops.sliced_parameter import DummyGradients, packed_again, sliced_parameter, sliced_parameter_ref
 from tests.unit.ops.tensor_watch import TensorWatch
 
 ROWS = {"all": None, "prefix": ((0, 4),), "strided": ((0, 2), (4, 7)), "joined": ((0, 3), (3, 8)), "none": ((2, 2),)}
@@ -36,6 +38,34 @@ def test_equals_index_select(rows, columns):
     assert torch.equal(engine.main_grad, other.grad + 1)
     assert engine.grad_added_to_main_grad
     assert engine.grad.eq(0).all()
+
+
+def test_hundreds_of_equal_pieces_are_two_operations():
+    # Head channels: a prefix of every head's rows, of z and of x, and the rows of B, C and dt as they are.
+    rows = (*((start, start + 3) for start in range(0, 1600, 4)), (1600, 1610))
+    weight, other = with_main_grad(torch.randn(1610, 6, requires_grad=True)), torch.randn(1610, 6)
+    other.copy_(weight.detach()).requires_grad_()
+    packed = sliced_parameter(weight, rows, ((0, 4),))
+    expected = sliced_parameter_ref(other, rows, ((0, 4),))
+    assert torch.equal(packed, expected)
+    seen = []
+
+    class Count(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    with Count():
+        sliced_parameter(weight, rows, ((0, 4),)).backward(torch.ones_like(packed))
+    expected.sum().backward()
+    assert torch.equal(weight.main_grad, other.grad + 1)
+    assert seen.count("aten.copy_.default") == seen.count("aten.add_.Tensor") == 2
+    # Pieces at uneven distances take one operation each.
+    seen.clear()
+    uneven = ((0, 2), (3, 5), (9, 11), (12, 13))
+    with Count():
+        assert torch.equal(sliced_parameter(weight, uneven), sliced_parameter_ref(other, uneven))
+    assert seen.count("aten.copy_.default") == 3
 
 
 def test_another_slice_differs():
@@ -116,6 +146,24 @@ def test_no_full_size_temporary_beside_main_grad():
         packed.backward(grad)
     assert watch.made == 0
     assert weight.grad.untyped_storage().data_ptr() == pool.untyped_storage().data_ptr()
+
+
+@pytest.mark.parametrize("segments", [(((0, 2), (4, 7)), ((1, 3),)), (None, ((0, 4),)), (((0, 4),), None)])
+def test_a_slice_that_is_packed_again_is_not_held_and_gives_the_same_gradients(segments):
+    x = torch.randn(5, sliced_parameter(make_weight(), *segments).size(1), dtype=torch.float64, requires_grad=True)
+    found = []
+    for again in (True, False):
+        weight, x.grad = with_main_grad(make_weight()), None
+        packed = sliced_parameter(weight, *segments)
+        is_view = packed.untyped_storage().data_ptr() == weight.untyped_storage().data_ptr()
+        with packed_again(packed, weight, *segments) if again else contextlib.nullcontext():
+            out = x @ packed.t()
+        saved = out.grad_fn._saved_mat2
+        assert (saved.data_ptr() == packed.data_ptr()) == (is_view or not again)
+        assert torch.equal(saved, packed.t())
+        out.square().sum().backward()
+        found.append((x.grad, weight.main_grad))
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
 
 
 def test_dummies_share_one_buffer_of_zeros_a_dtype():

@@ -1,0 +1,149 @@
+"""Peak memory of a joint step over that of the 100 % budget alone, plus the teacher's weights.
+
+    python benchmarks/joint_memory.py [--json] [--stages 1|2]
+
+Runs Megatron's own schedule with several base microbatches on one process, and on two pipeline stages (1F1B). Counted
+are weights, gradient buffers and everything that torch's allocator hands out in a step, on the rank where the ratio is
+largest.
+"""
+
+import argparse
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+STAGES = (1, 2)
+BASE_MICROBATCHES = 2
+PATTERN = "M-*-"
+SHARES = (1.0, 0.75, 0.5, 0.25)
+LENGTH = 128
+
+
+def peak_of_step(model: Any, roles: list[dict[str, Any]]) -> int:
+    """Most bytes that the allocator holds in one step beyond what was there before it.
+
+    Args:
+        model: under DDP.
+        roles: what each base microbatch is run by: arguments of the model's forward, none for the teacher's turn.
+    """
+    import torch
+    from megatron.core.pipeline_parallel import get_forward_backward_func
+
+    from benchmarks import memory, models
+
+    data, chunk = models.batch(length=LENGTH), model.module
+    where, last = (data["tokens"], data["position_ids"]), chunk.post_process
+    kept: dict[str, Any] = {}
+
+    def forward_step(microbatches: Iterator[dict[str, Any]], model: Any) -> tuple[Any, Any]:
+        how = next(microbatches)
+        zero = torch.zeros((), dtype=torch.int)
+        if not how:
+            hidden = model(*where, run_teacher=True)
+            if last:
+                kept["target"] = chunk.teacher_target(hidden)
+            return hidden, lambda output: (output.sum() * 0.0, zero, {})
+        text = how.get("labels") is not None
+        teacher = kept["target"] if last and not text else None
+        out = model(*where, **how, teacher=teacher, loss_mask=data["loss_mask"])
+        return out, lambda output: (output, torch.tensor(LENGTH, dtype=torch.int), {})
+
+    step = partial(
+        get_forward_backward_func(),
+        forward_step_func=forward_step,
+        model=[model],
+        num_microbatches=BASE_MICROBATCHES * len(roles),
+        seq_length=LENGTH,
+        micro_batch_size=1,
+        forward_only=False,
+    )
+
+    def run() -> None:
+        step(data_iterator=iter(roles * BASE_MICROBATCHES))
+        kept.clear()
+
+    with memory.Allocations() as found:
+        run()
+    return found.peak()
+
+
+def work(stages: int) -> dict[str, float]:
+    """One rank's part."""
+    from megatron_elastic.cpu import adaptation
+
+    adaptation.install()
+    import torch
+
+    from benchmarks import models
+
+    torch.set_num_threads(2 // stages)
+    models.start(pp=stages)
+    shape = replace(models.SHAPE, pattern=PATTERN)
+    model = models.elastic_model(shape, LENGTH)
+    budgets = [{"selection": models.selection(share, shape)} for share in sorted(SHARES)]
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    teacher = sum(p.numel() * p.element_size() for p in model.module.teachers[0].parameters())
+    # Plain training of the parent: as many of its microbatches in flight as the schedule has.
+    plain = [{**budgets[-1], "labels": models.batch(length=LENGTH)["labels"]}]
+    peak_of_step(model, plain)  # what is made once (the pool of dummy gradients) is there before the counter starts
+    alone = peak_of_step(model, plain)
+    joint = peak_of_step(model, [{}, *budgets])
+    # Weights and their gradient buffer are there in both.
+    single = 2 * weights + teacher + alone
+    found = torch.tensor([(2 * weights + teacher + joint) / single, joint / alone, joint, alone, weights, teacher])
+    every = [torch.empty_like(found) for _ in range(stages)]
+    torch.distributed.all_gather(every, found)
+    names = ("peak_over_single_budget", "activations_over_single_budget", "joint", "alone", "weights", "teacher")
+    return dict(zip(names, max(every, key=lambda values: float(values[0])).tolist(), strict=True))
+
+
+def launch(stages: int) -> dict[str, float]:
+    """Runs this file on some ranks, and returns what rank 0 found."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    words = [sys.executable]
+    if stages > 1:
+        words += ["-m", "torch.distributed.run", "--nproc-per-node", str(stages), "--master-port", str(port)]
+    words += [str(Path(__file__)), "--stages", str(stages), "--work"]
+    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": str(2 // stages), "PYTHONPATH": path}
+    done = subprocess.run(words, env=environment, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
+    return dict(json.loads(done.stdout.splitlines()[-1]))
+
+
+def main() -> None:
+    """Runs what is asked, and prints it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", action="store_true", help="one JSON object")
+    parser.add_argument("--stages", type=int, choices=STAGES, help="this number of pipeline stages alone")
+    parser.add_argument("--work", action="store_true", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.work:
+        found = work(arguments.stages)
+        if int(os.environ.get("RANK", "0")) == 0:
+            print(json.dumps(found))
+        return
+    runs = {stages: launch(stages) for stages in STAGES if arguments.stages in (None, stages)}
+    worst = max(run["peak_over_single_budget"] for run in runs.values())
+    report = {"peak_over_single_budget": worst, **{f"stages_{stages}": run for stages, run in runs.items()}}
+    if arguments.json:
+        print(json.dumps(report))
+        return
+    for stages, run in runs.items():
+        print(
+            f"{stages} stage(s): {run['peak_over_single_budget']:.3f}x the 100 % budget alone with the teacher's "
+            f"weights ({run['activations_over_single_budget']:.3f}x without any weights and gradient buffers)"
+        )
+
+
+if __name__ == "__main__":
+    main()
