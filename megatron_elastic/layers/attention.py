@@ -11,7 +11,7 @@ from torch import Tensor
 from megatron_elastic.family import LayerPlan
 from megatron_elastic.layers.context_parallel import context_parallel_attention
 from megatron_elastic.layers.moe_role import MoeRole
-from megatron_elastic.layers.recompute import normed
+from megatron_elastic.layers.recompute import residual_branch
 from megatron_elastic.masks import Masks
 
 
@@ -85,13 +85,15 @@ class ElasticAttentionLayer(TransformerLayer):
         """`[s, b, kept hidden]` -> the same shape. `moe` is not used."""
         segments = None if plan is None else plan.segments["input_layernorm.weight"]
 
-        def norm(x: Tensor, width: Tensor | None) -> Tensor:
-            return self.input_layernorm(x, width=width, segments=segments)
-
         def body(x: Tensor) -> Tensor:
             mask = None if masks is None else masks.axes["attention_heads"]
             return self.self_attention(x, mask=mask, plan=plan, rotary_pos_emb=rotary_pos_emb, documents=documents)
 
-        width = None if masks is None else masks.hidden.sum()
-        out = normed(norm, body, hidden_states, width, recompute=self.recompute_input_layernorm and self.training)
-        return hidden_states + (out if masks is None else out * masks.residual)
+        return residual_branch(
+            hidden_states,
+            self.input_layernorm,
+            body,
+            masks=masks,
+            segments=segments,
+            recompute=self.recompute_input_layernorm and self.training,
+        )

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from megatron_elastic.family import LayerPlan
 from megatron_elastic.layers.moe_role import MoeRole
-from megatron_elastic.layers.recompute import normed
+from megatron_elastic.layers.recompute import residual_branch
 from megatron_elastic.masks import Masks
 
 
@@ -68,15 +68,17 @@ class ElasticMLPLayer(MLPLayer):
         """`[s, b, kept hidden]` -> the same shape. `rotary_pos_emb`, `documents` and `moe` are not used."""
         segments = None if plan is None else plan.segments["pre_mlp_layernorm.weight"]
 
-        def norm(x: Tensor, width: Tensor | None) -> Tensor:
-            return self.pre_mlp_layernorm(x, width=width, segments=segments)
-
         def body(x: Tensor) -> Tensor:
             mask = None if masks is None else masks.axes["ffn"]
             if not self.recompute_mlp or not self.training:
                 return self.mlp(x, mask=mask, plan=plan)
             return tensor_parallel.checkpoint(lambda x, mask: self.mlp(x, mask=mask, plan=plan), False, x, mask)
 
-        width = None if masks is None else masks.hidden.sum()
-        out = normed(norm, body, hidden_states, width, recompute=self.recompute_pre_mlp_layernorm and self.training)
-        return hidden_states + (out if masks is None else out * masks.residual)
+        return residual_branch(
+            hidden_states,
+            self.pre_mlp_layernorm,
+            body,
+            masks=masks,
+            segments=segments,
+            recompute=self.recompute_pre_mlp_layernorm and self.training,
+        )

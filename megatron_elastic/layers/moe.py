@@ -18,7 +18,7 @@ from megatron_elastic.family import LayerPlan
 from megatron_elastic.layers.linear import kept_weight
 from megatron_elastic.layers.mlp import activations
 from megatron_elastic.layers.moe_role import MoeRole
-from megatron_elastic.layers.recompute import normed
+from megatron_elastic.layers.recompute import residual_branch
 from megatron_elastic.masks import Masks
 from megatron_elastic.ops.grouped_linear import grouped_linear
 from megatron_elastic.ops.unused import unused
@@ -191,12 +191,14 @@ class ElasticMoELayer(MLPLayer):
         """`[s, b, kept hidden]` -> the same shape. `rotary_pos_emb` and `documents` are not used."""
         segments = None if plan is None else plan.segments["pre_mlp_layernorm.weight"]
 
-        def norm(x: Tensor, width: Tensor | None) -> Tensor:
-            return self.pre_mlp_layernorm(x, width=width, segments=segments)
-
         def body(x: Tensor) -> Tensor:
             return self.mlp(x, masks=masks, plan=plan, role=moe)
 
-        width = None if masks is None else masks.hidden.sum()
-        out = normed(norm, body, hidden_states, width, recompute=self.recompute_pre_mlp_layernorm and self.training)
-        return hidden_states + (out if masks is None else out * masks.residual)
+        return residual_branch(
+            hidden_states,
+            self.pre_mlp_layernorm,
+            body,
+            masks=masks,
+            segments=segments,
+            recompute=self.recompute_pre_mlp_layernorm and self.training,
+        )

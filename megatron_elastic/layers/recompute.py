@@ -1,10 +1,14 @@
-"""Selective recompute of a norm: its output is dropped after use, and computed again when the backward comes."""
+"""A residual branch behind its norm, whose output may be dropped after use and computed again in the backward."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from megatron.core import tensor_parallel
 from torch import Tensor
+
+from megatron_elastic.axes import Segments
+from megatron_elastic.masks import Masks
 
 
 def normed(
@@ -34,3 +38,32 @@ def normed(
     out = body(kept.checkpoint(norm, x, width))
     kept.discard_output_and_register_recompute(out)
     return out
+
+
+def residual_branch(
+    x: Tensor,
+    norm: Any,
+    body: Callable[[Tensor], Tensor],
+    *,
+    masks: Masks | None,
+    segments: tuple[Segments | None, ...] | None,
+    recompute: bool,
+) -> Tensor:
+    """`x + body(norm(x))` on a masked or sliced residual stream.
+
+    Args:
+        x: `[s, b, kept hidden]`.
+        norm: the layer's `ElasticRMSNorm`.
+        body: what reads the norm's output.
+        masks: of the layer, on the norm's width and on what is added; None without.
+        segments: kept entries of the norm's weight.
+        recompute: as in `normed`.
+    """
+
+    def normalised(x: Tensor, width: Tensor | None) -> Tensor:
+        found: Tensor = norm(x, width=width, segments=segments)
+        return found
+
+    width = None if masks is None else masks.hidden.sum()
+    out = normed(normalised, body, x, width, recompute=recompute)
+    return x + (out if masks is None else out * masks.residual)

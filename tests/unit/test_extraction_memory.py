@@ -1,35 +1,17 @@
 """Extraction's and sorting's memory: twice the largest stored tensor, whatever the model's size."""
 
-import json
-import os
-import shutil
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.unit.peak_memory import peaks
+
 CONSTANT = 32 << 20
 """Bytes for what does not grow with the tensors: blocks that are copied at once, buffers, what the allocator keeps."""
 
 
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, int]:
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError as error:
-        pytest.skip(f"this kernel does not start the peak of a process's memory anew: {error}")
-    # Files in memory, where there is room: this is no test of the disk. They are not the process's own memory.
-    fast = Path("/dev/shm")
-    roomy = fast.is_dir() and shutil.disk_usage(fast).free > 4e9
-    folder = fast if roomy else tmp_path_factory.mktemp("memory")
     # Two of its four largest tensors are parts of one parameter, 105 MB each.
-    command = [sys.executable, "-m", "tests.unit.extraction_memory", "51200", str(folder)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    found: dict[str, int] = json.loads(done.stdout)
+    found = peaks("tests.unit.extraction_memory", 51200, tmp_path_factory)
     assert found["largest"] > 100e6
     return found
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from megatron_elastic.distillation.roles import TEACHER, JointRoles, RoleDataset, SampledRoles
+from megatron_elastic.parallel import ranks_of
 
 BUDGETS = 3
 ROLES = BUDGETS + 1
@@ -187,3 +188,24 @@ def test_budgets_come_as_often_as_they_weigh() -> None:
         assert abs(found[budget] / count - share) < 4 * (share * (1 - share) / count) ** 0.5
     assert {SampledRoles((0.0, 1.0), seed=1, together=1).budget(1, i) for i in range(100)} == {1}
     assert {SampledRoles((1.0, 0.0), seed=1, together=1).budget(1, i) for i in range(100)} == {0}
+
+
+@pytest.mark.parametrize(
+    ("flags", "ranks"),
+    [
+        ({}, 1),
+        ({"expert-model-parallel-size": 4}, 4),
+        # Experts are split over context- and tensor-parallel ranks first: those run one budget anyway.
+        ({"expert-model-parallel-size": 4, "context-parallel-size": 2}, 2),
+        ({"expert-model-parallel-size": 4, "tensor-model-parallel-size": 2, "expert-tensor-parallel-size": 1}, 2),
+        ({"expert-model-parallel-size": 4, "tensor-model-parallel-size": 2}, 4),
+        ({"expert-model-parallel-size": 2, "tensor-model-parallel-size": 4, "expert-tensor-parallel-size": 1}, 1),
+    ],
+)
+def test_ranks_that_share_experts_draw_together(flags: dict[str, int], ranks: int) -> None:
+    assert ranks_of(flags, []).sharing_experts == ranks
+    kind = SampledRoles((0.5, 0.3, 0.2), seed=9, together=2 * ranks)
+    draws = [kind.budget(1, sample) for sample in range(96 * ranks)]
+    groups = [draws[start : start + 2 * ranks] for start in range(0, len(draws), 2 * ranks)]
+    assert all(len(set(group)) == 1 for group in groups)
+    assert len({group[0] for group in groups}) == 3
