@@ -1,6 +1,7 @@
 """MoE layers: masked == sliced == extracted, every layout as one process, in fp64, and the faults that must show."""
 
 import contextlib
+import random
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -18,6 +19,7 @@ from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_regi
 from megatron.core.utils import get_batch_on_this_cp_rank
 from torch import Tensor
 
+from megatron_elastic.axes import PER_LAYER_AXES
 from megatron_elastic.budget import Selection
 from megatron_elastic.cost_model import parameters
 from megatron_elastic.family import Family
@@ -54,6 +56,10 @@ def family_of(router: str) -> Family:
     return moe_kit.family(moe_kit.shape(gated=gated, expert_bias="moe_router_enable_expert_bias" in settings))
 
 
+DRAWN = 3
+"""Selections drawn at random, layer by layer where layers may differ."""
+
+
 def chosen(family: Family) -> dict[str, Selection]:
     """Every axis of a MoE layer alone at its smallest, a mixture, layers that differ, all at their smallest."""
     found = {
@@ -65,6 +71,16 @@ def chosen(family: Family) -> dict[str, Selection]:
     # The first MoE layer has fewer experts, with more neurons.
     found["uneven"] = family.select({**found["mixture"].sizes, "experts": (4, 6), "expert_ffn": (16, 8)})
     found["smallest"] = family.select({axis: choices[-1] for axis, choices in family.choices.items()})
+    for seed in range(DRAWN):
+        draw = random.Random(seed)
+        found[f"drawn {seed}"] = family.select(
+            {
+                axis: tuple(draw.choice(choices) for _ in family.layers_with(axis))
+                if axis in PER_LAYER_AXES
+                else draw.choice(choices)
+                for axis, choices in family.choices.items()
+            }
+        )
     return found
 
 
@@ -168,6 +184,7 @@ def on_layout(router: str, sizes: tuple[int, int, int, int]) -> dict[str, Outcom
     batches = batches_of_rank(sizes)
     selection = chosen(family)["mixture"]
     found = {"sliced": outcome(model, family.layout, batches, selection=selection)}
+    found["drawn"] = outcome(model, family.layout, batches, selection=chosen(family)["drawn 1"])
     probabilities = soft(family)
     found["soft"] = outcome(model, family.layout, batches, probabilities=probabilities)
     for axis, leaf in probabilities.items():

@@ -35,7 +35,7 @@ def test_full_selection_is_the_stock_model(errors: dict[str, dict[str, float]], 
 @pytest.mark.parametrize("router", ROUTERS)
 def test_paths_agree(errors: dict[str, dict[str, float]], router: str, pair: str) -> None:
     cases = {key: value for key, value in errors[f"equalities/{router}"].items() if key.endswith(pair)}
-    assert len(cases) == 7  # four axes alone, a mixture, layers that differ, all at their smallest
+    assert len(cases) == 10  # axes alone, a mixture, layers that differ, all at their smallest, drawn ones
     summed = pair == "masked_sliced" and router in ("pre_softmax", "balanced")
     assert max(cases.values()) < (SUM_OF_SCORES if summed else TOLERANCE), cases
 
@@ -45,7 +45,7 @@ def test_selections_differ(errors: dict[str, dict[str, float]], router: str) -> 
     assert min(value for key, value in errors[f"equalities/{router}"].items() if key.endswith("differs")) > 1e-2
 
 
-@pytest.mark.parametrize("path", ["sliced", "soft"])
+@pytest.mark.parametrize("path", ["sliced", "drawn", "soft"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("router", ["sigmoid", "softmax"])
 def test_a_layout_is_one_process(errors: dict[str, dict[str, float]], router: str, layout: str, path: str) -> None:
