@@ -49,7 +49,7 @@ def test_two_stages_decide_and_report_every_budget(run: tuple[Path, str]) -> Non
 
 
 def test_both_stages_are_one_run_in_wandb(run: tuple[Path, str]) -> None:
-    """With the elastic section as config, curves a budget, the router, the decided budgets, checkpoints as artifacts."""
+    """With the elastic section as config, curves a budget, the router, the decided budgets, checkpoints."""
     first, second = offline_runs(run[0])
     assert first["id"] == second["id"]
     assert {first["group"], first["job_type"]} == {"small", "elastic"}
