@@ -5,6 +5,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from megatron_elastic.backend import BACKENDS
+from megatron_elastic.backend import FLAG as BACKEND_FLAG
 from megatron_elastic.layout import ModelShape
 
 
@@ -166,6 +168,10 @@ REFUSALS: tuple[Refusal, ...] = (
     Refusal("moe-enable-deepep", _given, "it is the flex dispatcher's: allgather and alltoall are carried"),
     Refusal("overlap-moe-expert-parallel-comm", _given, "its schedule runs core's layers piece by piece"),
     Refusal("overlap-dispatch-backward-with-experts-wgrad", _given, "sliced gradients are added in the backward"),
+    # Transformer Engine.
+    Refusal(BACKEND_FLAG, _not(None, *BACKENDS), "transformer_engine and local have elastic layers"),
+    Refusal("te-rng-tracker", _given, "for captured graphs and dropout inside its modules; there is neither here"),
+    Refusal("fp8-dot-product-attention", _given, "attention in FP8: no equality covers it; leave it out"),
     # What the elastic section sets.
     *(Refusal(flag, _given, _OWNED) for flag in _OWNED_FLAGS),
 )
