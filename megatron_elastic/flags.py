@@ -170,8 +170,16 @@ REFUSALS: tuple[Refusal, ...] = (
     Refusal("overlap-dispatch-backward-with-experts-wgrad", _given, "sliced gradients are added in the backward"),
     # Transformer Engine.
     Refusal(BACKEND_FLAG, _not(None, *BACKENDS), "transformer_engine and local have elastic layers"),
-    Refusal("te-rng-tracker", _given, "for captured graphs and dropout inside its modules; there is neither here"),
-    Refusal("fp8-dot-product-attention", _given, "attention in FP8: no equality covers it; leave it out"),
+    Refusal("use-transformer-engine-op-fuser", _given, "it fuses norm and linears, which elastic layers keep apart"),
+    Refusal("fused-residual-rmsnorm", _given, "its norm does not know the effective width of a mask"),
+    Refusal("symmetric-ar-type", _given, "its buffers have one shape, slices have several; no test covers them"),
+    Refusal("batch-invariant-mode", _given, "it replaces kernels of core's layers, not those of elastic ones"),
+    Refusal("window-size", _given, f"attention inside a window: {_NO_LAYER}"),
+    Refusal("softmax-type", _not(None, "vanilla"), f"another softmax in attention: {_NO_LAYER}"),
+    Refusal("qk-clip", _given, f"clipped attention scores: {_NO_LAYER}"),
+    Refusal("log-max-attention-logit", _given, "elastic attention does not tell its largest score: leave it out"),
+    Refusal("fine-grained-activation-offloading", _given, "the elastic stack's loop does not offload: use recompute"),
+    Refusal("cpu-offloading-num-layers", _not(None, 0), "the elastic stack's loop does not offload: use recompute"),
     # What the elastic section sets.
     *(Refusal(flag, _given, _OWNED) for flag in _OWNED_FLAGS),
 )

@@ -8,7 +8,6 @@ from torch import Tensor
 from megatron_elastic.layers.mlp import activations
 from megatron_elastic.layers.moe import ElasticExperts, KeptWeight
 from megatron_elastic.layers.quantized_once import QuantizedOnce
-from megatron_elastic.layers.te_linear import keeps_quantized
 from megatron_elastic.layers.te_module import StandIns, transformer_engine
 from megatron_elastic.ops.sliced_parameter import all_packed_again
 
@@ -24,8 +23,7 @@ class TEElasticExperts(ElasticExperts):
         super().__init__(*args, **kwargs)
         self.grouped = True  # one after the other there would be experts without a row, or without a neuron
         self.quantized_once = QuantizedOnce()
-        keep = keeps_quantized(self.config)
-        self._first, self._second = (StandIns(self._make, keep_quantized=keep) for _ in range(2))
+        self._first, self._second = StandIns(self._make), StandIns(self._make)
 
     def _make(self, experts: int, outputs: int, inputs: int) -> torch.nn.Module:
         # The dispatcher has gathered the tokens, and sums what becomes of them: no communication here.

@@ -9,7 +9,6 @@ accumulation would overwrite, at the first use of a budget in a step, what other
 from typing import Any
 
 import torch
-from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_elastic.axes import Segments
@@ -20,17 +19,12 @@ from megatron_elastic.layers.te_module import StandIns, transformer_engine
 from megatron_elastic.ops.sliced_parameter import packed_again, sliced_parameter
 
 
-def keeps_quantized(config: TransformerConfig) -> bool:
-    """Whether quantised weights stay for a whole step (core's `--no-fp8-weight-transpose-cache` says no)."""
-    return not config.disable_parameter_transpose_cache
-
-
 class _Engine:
     """The stand-ins of a linear layer, made from what core's layer has worked out about its ranks."""
 
     def __init__(self, owner: Any, mode: str) -> None:
         self.owner, self.mode = owner, mode
-        self.stand_ins = StandIns(self._make, keep_quantized=keeps_quantized(owner.config))
+        self.stand_ins = StandIns(self._make)
         transformer_engine()  # a missing one is told when the model is built
 
     def _make(self, outputs: int, inputs: int) -> torch.nn.Module:

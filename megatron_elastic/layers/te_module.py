@@ -62,12 +62,11 @@ class StandIns:
     Not a module: what it keeps is no part of the owner's state, and is not saved.
 
     Args:
-        make: the module for a number of rows and columns on this rank, or whatever else the key says.
-        keep_quantized: keep a quantised weight from its first use in a step to the last.
+        make: the module for the sizes of a slice on this rank.
     """
 
-    def __init__(self, make: Callable[..., torch.nn.Module], *, keep_quantized: bool) -> None:
-        self.make, self.keep_quantized = make, keep_quantized
+    def __init__(self, make: Callable[..., torch.nn.Module]) -> None:
+        self.make = make
         self._made: dict[Hashable, StandIn] = {}
 
     def run(
@@ -91,6 +90,5 @@ class StandIns:
         trained = any(weight.requires_grad for weight in weights)
         # Without gradients (evaluation, the first forward of a recompute) a trained weight is quantised for this use
         # alone: what is kept for gradients has both layouts, and one made without would lack the transposed one.
-        keep = self.keep_quantized and (torch.is_grad_enabled() or not trained)
-        first = once.first_use(key) if keep else None
+        first = once.first_use(key) if torch.is_grad_enabled() or not trained else None
         return self._made[key](*inputs, weights=weights, first=first)
