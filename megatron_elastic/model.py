@@ -14,6 +14,7 @@ from megatron.training.models.hybrid import HybridModelBuilder, HybridModelConfi
 from torch import Tensor
 
 from megatron_elastic import metadata as family_metadata
+from megatron_elastic.backend import LOCAL
 from megatron_elastic.budget import Selection
 from megatron_elastic.curriculum import FORWARD_KL, DistillationLoss
 from megatron_elastic.errors import CheckpointError
@@ -287,12 +288,14 @@ class ElasticModelConfig(HybridModelConfig):
 
     Attributes:
         family: what is elastic.
+        backend: of its layers, one of `backend.BACKENDS`.
         on_build: called with each model chunk and its virtual stage before it is wrapped (loads weights, adds a
             teacher).
     """
 
     builder: ClassVar[str] = "megatron_elastic.model.ElasticModelBuilder"
     family: Family | None = None
+    backend: str = LOCAL
     on_build: (
         Callable[["ElasticModelBuilder", ElasticHybridModel, ProcessGroupCollection, int | None], None] | None
     ) = None
@@ -313,7 +316,7 @@ class ElasticModelBuilder(HybridModelBuilder):
         assert settings.family is not None
         return ElasticHybridModel(
             config=settings.transformer,
-            hybrid_stack_spec=elastic_stack_spec(settings.family),
+            hybrid_stack_spec=elastic_stack_spec(settings.family, settings.backend),
             vocab_size=settings.family.shape.vocab,
             max_sequence_length=settings.seq_length,
             hybrid_layer_pattern=settings.hybrid_layer_pattern,

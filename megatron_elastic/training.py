@@ -27,7 +27,7 @@ from megatron_elastic.errors import CheckpointError
 from megatron_elastic.family import Family
 from megatron_elastic.forward_step import JointStep
 from megatron_elastic.layers.packing import packed_documents
-from megatron_elastic.layers.plain import plain_stack_spec
+from megatron_elastic.layers.quantized_once import weights_changed
 from megatron_elastic.metadata import Metadata
 from megatron_elastic.metrics import StepLog
 from megatron_elastic.model import ElasticHybridModel, ElasticModelBuilder, ElasticModelConfig, FamilyState
@@ -35,6 +35,7 @@ from megatron_elastic.parallel import ranks_of
 from megatron_elastic.parents import with_ranked_layers
 from megatron_elastic.router import Router, RouterTrainer
 from megatron_elastic.schedule import stage_argv
+from megatron_elastic.specs import plain_spec
 from megatron_elastic.wandb_run import join
 
 
@@ -154,6 +155,7 @@ class _Attach:
         teacher.requires_grad_(False)
         teacher.eval()
         teacher.cuda(torch.cuda.current_device())
+        weights_changed(teacher)
         model.teachers = (teacher,)
         if not vp_stage:
             model.states = (self.state,)
@@ -208,7 +210,7 @@ def train_stage(recipe: Recipe, number: int) -> None:
     )
     step = JointStep(recipe, state, stage, StepLog(recipe, number, args.log_interval))
     config = hybrid_config_from_args(args, model_config_cls=ElasticModelConfig)
-    config.family = recipe.family
+    config.family, config.backend = recipe.family, args.transformer_impl
     config.on_build = _Attach(recipe, state, step)
     budgets = [budget.name for budget in recipe.family.budgets]
     teachers = [OF_KIND[kind] for kind in stage.teachers(budgets)]
@@ -287,7 +289,7 @@ def train_plain(
         )
     )
     config = hybrid_config_from_args(args, model_config_cls=HybridModelConfig)
-    config.hybrid_stack_spec = plain_stack_spec
+    config.hybrid_stack_spec = plain_spec(args.transformer_impl)
     before = sum(s.iterations * s.global_batch_size for s in stages[: number - 1])
     text = TextRun(
         train=train_data,

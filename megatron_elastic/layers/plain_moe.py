@@ -13,11 +13,14 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_layer import MoETransformerLayer, TransformerLayerSubmodules
 
 
-def moe_layer_spec(norm: Any) -> ModuleSpec:
-    """Core's MoE layer (`E`) on local modules with the given norm, its experts one after the other."""
-    linears = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+def moe_layer_spec(
+    norm: Any, column: Any = ColumnParallelLinear, row: Any = RowParallelLinear, experts: Any = SequentialMLP
+) -> ModuleSpec:
+    """Core's MoE layer (`E`) on these classes: of a norm, of the shared expert's linears, and of the routed experts."""
+    local = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+    shared = MLPSubmodules(linear_fc1=column, linear_fc2=row)
     submodules = MoESubmodules(
-        experts=partial(SequentialMLP, submodules=linears), shared_experts=partial(SharedExpertMLP, submodules=linears)
+        experts=partial(experts, submodules=local), shared_experts=partial(SharedExpertMLP, submodules=shared)
     )
     return ModuleSpec(
         module=MoETransformerLayer,

@@ -61,9 +61,9 @@ class SizedMoELayer(_Sized, MoETransformerLayer):
     """Core's MoE layer at its own size."""
 
 
-def sized_stack_spec(shape: ModelShape) -> ModuleSpec:
-    """The plain stack for a shape whose layers differ."""
-    layers, own = plain_stack_spec.submodules, {"shape": shape}
+def sized_stack_spec(shape: ModelShape, plain: ModuleSpec = plain_stack_spec) -> ModuleSpec:
+    """A plain stack for a shape whose layers differ."""
+    layers, own = plain.submodules, {"shape": shape}
     return ModuleSpec(
         module=LocalHybridStack,
         submodules=replace(

@@ -1,6 +1,6 @@
 """A contiguous slice of a parameter whose gradient goes straight into the parent's gradient buffer."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from itertools import product
@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.utils.weak import TensorWeakRef
 
 Segments = tuple[tuple[int, int], ...]
 """Half-open ranges kept along one tensor dimension, ascending."""
@@ -36,6 +37,20 @@ def sliced_parameter(weight: Tensor, *segments: Segments | None) -> Tensor:
     packed: Tensor = _Slice.apply(weight, _ranges(weight, segments), exact)  # type: ignore[no-untyped-call]
     packed.exact_gradient = exact  # type: ignore[attr-defined]
     return packed
+
+
+class _Packed(NamedTuple):
+    """A packed tensor that is saved for a backward, without its values.
+
+    Attributes:
+        number: which of the slices it is.
+        size, stride, offset: of what was saved, in the slice.
+    """
+
+    number: int
+    size: torch.Size
+    stride: tuple[int, ...]
+    offset: int
 
 
 class ExactGradient:
@@ -73,19 +88,42 @@ def packed_again(packed: Tensor, weight: Tensor, *segments: Segments | None) -> 
         packed: what `sliced_parameter` made of the other arguments.
         weight, segments: as there.
     """
-    copy = packed.untyped_storage().data_ptr()
-    if copy == weight.untyped_storage().data_ptr():
+    with all_packed_again([(packed, weight, segments)]):
+        yield
+
+
+@contextmanager
+def all_packed_again(slices: Sequence[tuple[Tensor, Tensor, tuple[Segments | None, ...]]]) -> Iterator[None]:
+    """`packed_again` for several: `(packed, weight, segments)` each."""
+    # By address: what a function saves of a packed tensor is often a view of it.
+    copies = {
+        packed.untyped_storage().data_ptr(): number
+        for number, (packed, weight, _) in enumerate(slices)
+        if packed.numel() and packed.untyped_storage().data_ptr() != weight.untyped_storage().data_ptr()
+    }
+    if not copies:
         yield
         return
-    ranges = _ranges(weight, segments)
+    sources = [(weight, _ranges(weight, segments)) for _, weight, segments in slices]
+    again: dict[int, TensorWeakRef] = {}
 
-    def keep(saved: Tensor) -> Tensor | tuple[torch.Size, tuple[int, ...], int]:
-        if saved.untyped_storage().data_ptr() != copy:
+    def keep(saved: Tensor) -> Tensor | _Packed:
+        number = copies.get(saved.untyped_storage().data_ptr())
+        if number is None:
             return saved
-        return saved.size(), saved.stride(), int(saved.storage_offset())
+        return _Packed(number, saved.size(), saved.stride(), int(saved.storage_offset()))
 
-    def find(kept: Tensor | tuple[torch.Size, tuple[int, ...], int]) -> Tensor:
-        return kept if isinstance(kept, Tensor) else _pack(weight.detach(), ranges).as_strided(*kept)
+    def find(kept: Tensor | _Packed) -> Tensor:
+        if isinstance(kept, Tensor):
+            return kept
+        # A function that saved one slice twice gets one copy twice.
+        found = again[kept.number]() if kept.number in again else None
+        if found is None:
+            weight, ranges = sources[kept.number]
+            found = _pack(weight.detach(), ranges)
+        view = found.as_strided(kept.size, kept.stride, kept.offset)
+        again[kept.number] = TensorWeakRef(view)
+        return view
 
     with torch.autograd.graph.saved_tensors_hooks(keep, find):
         yield

@@ -16,6 +16,7 @@ LEVELS = {
     "axes": 0,
     "signals": 0,
     "layout": 1,
+    "backend": 1,
     "flags": 1,
     "curriculum": 1,
     "parallel": 1,
