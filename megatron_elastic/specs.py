@@ -22,10 +22,16 @@ from megatron_elastic.layers.moe import ElasticExperts, ElasticMoE, ElasticMoELa
 from megatron_elastic.layers.moe_router import ElasticRouter
 from megatron_elastic.layers.norm import ElasticGatedNorm, ElasticRMSNorm
 from megatron_elastic.layers.stack import ElasticStack
+from megatron_elastic.precision import Precision
 
 
-def elastic_stack_spec(family: Family) -> ModuleSpec:
-    """The spec of an elastic stack for one family: elastic layers of every kind on the local backend."""
+def elastic_stack_spec(family: Family, precision: Precision | None = None) -> ModuleSpec:
+    """The spec of an elastic stack for one family: elastic layers of every kind on the local backend.
+
+    Args:
+        family: what is narrowed.
+        precision: FP8 of the linear layers.
+    """
     mamba = ModuleSpec(
         module=ElasticMambaLayer,
         submodules=MambaLayerSubmodules(
@@ -73,4 +79,4 @@ def elastic_stack_spec(family: Family) -> ModuleSpec:
         ),
     )
     layers = HybridStackSubmodules(mamba_layer=mamba, attention_layer=attention, mlp_layer=mlp, moe_layer=moe)
-    return ModuleSpec(module=ElasticStack, params={"family": family}, submodules=layers)
+    return ModuleSpec(module=ElasticStack, params={"family": family, "precision": precision}, submodules=layers)

@@ -1,7 +1,7 @@
 """The plain (not elastic) hybrid model on core's local backend: no Transformer Engine, no mamba-ssm, any device.
 
 `--spec megatron_elastic.layers.plain plain_stack_spec` gives it to Megatron's own training. Parameter and checkpoint
-names are those of core's layers with separate norms.
+names are those of core's layers with separate norms. Linear layers are core's too, until a stack quantises them.
 """
 
 import contextlib
@@ -18,7 +18,6 @@ from megatron.core.ssm.mamba_context_parallel import MambaContextParallel
 from megatron.core.ssm.mamba_layer import MambaLayer, MambaLayerSubmodules
 from megatron.core.ssm.mamba_mixer import MambaMixer, MambaMixerSubmodules
 from megatron.core.ssm.mlp_layer import MLPLayer
-from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.enums import AttnMaskType
@@ -30,12 +29,14 @@ from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group, mak
 
 from megatron_elastic.errors import ElasticError
 from megatron_elastic.layers.context_parallel import slices_of_rank, whole_sequence
+from megatron_elastic.layers.linear import ElasticColumnParallelLinear, ElasticRowParallelLinear
 from megatron_elastic.layers.packing import documents_of
 from megatron_elastic.layers.plain_moe import moe_layer_spec
 from megatron_elastic.ops.causal_conv import causal_conv1d_silu
 from megatron_elastic.ops.gated_norm import gated_rms_norm
 from megatron_elastic.ops.norm import rms_norm
 from megatron_elastic.ops.ssd import ssd
+from megatron_elastic.precision import Precision, Scaling
 
 GATED_NORM_EPSILON = 1e-5
 """Epsilon of the gated norm: a constant in core's Mamba mixer, not `layernorm_epsilon`."""
@@ -256,8 +257,15 @@ class LocalCoreAttention(DotProductAttention):
         return super().forward(query, key, value, attention_mask, *args, **kwargs)
 
 
+def quantise_linears(layer: torch.nn.Module, scaling: Scaling) -> None:
+    """The linears of a layer run in FP8 from now on; a router, a convolution and a scan are none."""
+    for module in layer.modules():
+        if isinstance(module, ElasticColumnParallelLinear | ElasticRowParallelLinear):
+            module.quantise(scaling)
+
+
 class LocalHybridStack(HybridStack):
-    """Core's `HybridStack` with a local final norm, for which core hard-codes Transformer Engine's."""
+    """Core's `HybridStack` with a local final norm, for which core hard-codes Transformer Engine's, and FP8 in torch."""
 
     def __init__(
         self,
@@ -266,10 +274,15 @@ class LocalHybridStack(HybridStack):
         *,
         post_process: bool = True,
         post_layer_norm: bool = True,
+        precision: Precision | None = None,
         **kwargs: Any,
     ) -> None:
-        """Takes what `HybridStack` takes."""
+        """Takes what `HybridStack` takes, and `precision`, the FP8 of its linear layers."""
         super().__init__(config, submodules, post_process=post_process, post_layer_norm=False, **kwargs)
+        for layer in self.layers:
+            scaling = None if precision is None else precision.of_layer(layer.layer_number - 1, config.num_layers)
+            if scaling is not None:
+                quantise_linears(layer, scaling)
         self.post_layer_norm = post_layer_norm
         if post_process and post_layer_norm:
             self.final_norm = LocalRMSNorm(config, config.hidden_size, config.layernorm_epsilon)
@@ -283,7 +296,7 @@ def mamba_layer_spec() -> ModuleSpec:
             norm=LocalRMSNorm,
             mixer=ModuleSpec(
                 module=LocalMambaMixer,
-                submodules=MambaMixerSubmodules(in_proj=ColumnParallelLinear, out_proj=RowParallelLinear),
+                submodules=MambaMixerSubmodules(in_proj=ElasticColumnParallelLinear, out_proj=ElasticRowParallelLinear),
             ),
             mamba_bda=get_bias_dropout_add,
         ),
@@ -300,9 +313,9 @@ def attention_layer_spec() -> ModuleSpec:
                 module=SelfAttention,
                 params={"attn_mask_type": AttnMaskType.causal},
                 submodules=SelfAttentionSubmodules(
-                    linear_qkv=ColumnParallelLinear,
+                    linear_qkv=ElasticColumnParallelLinear,
                     core_attention=LocalCoreAttention,
-                    linear_proj=RowParallelLinear,
+                    linear_proj=ElasticRowParallelLinear,
                 ),
             ),
             self_attn_bda=get_bias_dropout_add,
@@ -318,7 +331,7 @@ def mlp_layer_spec() -> ModuleSpec:
             pre_mlp_layernorm=LocalRMSNorm,
             mlp=partial(
                 MLP.as_mlp_submodule,
-                submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear),
+                submodules=MLPSubmodules(linear_fc1=ElasticColumnParallelLinear, linear_fc2=ElasticRowParallelLinear),
             ),
             mlp_bda=get_bias_dropout_add,
         ),

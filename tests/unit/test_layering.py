@@ -19,6 +19,7 @@ LEVELS = {
     "flags": 1,
     "curriculum": 1,
     "parallel": 1,
+    "precision": 1,
     "budget": 2,
     "latency": 1,
     "cost_model": 2,
