@@ -23,6 +23,13 @@ from megatron_elastic.flags import flag_faults, model_shape
 from megatron_elastic.layout import ModelShape
 from megatron_elastic.parallel import Ranks, interleaving_faults, length_fault, ranks_of
 from megatron_elastic.planning import nearest
+from megatron_elastic.precision import (
+    QUANTISED,
+    TEACHER_PRECISIONS,
+    UNQUANTISED,
+    Precision,
+    precision_of,
+)
 from megatron_elastic.recipe_family import parse_family, parse_selections
 from megatron_elastic.router import RouterConfig
 
@@ -51,6 +58,7 @@ class Recipe:
         router: its hyperparameters, None where selections are given.
         parent: checkpoint of the (sorted) parent.
         teacher: checkpoint of the frozen teacher, of the parent's shapes and vocabulary; the parent's own by default.
+        teacher_precision: `bf16` or `fp8`: whether the frozen teacher's linear layers are quantised as the students'.
         budget_mode: `joint` (every budget on every batch) or `sampled` (one budget drawn for every microbatch).
         save: where the family is saved.
         train_data, validation_data: data prefixes.
@@ -72,10 +80,16 @@ class Recipe:
     temperature: float
     loss: DistillationLoss
     budget_mode: str
+    teacher_precision: str
     save_interval: int
     evaluation: Evaluation
     calibration: Calibration
     source: str = "recipe"
+
+    @property
+    def precision(self) -> Precision | None:
+        """FP8 of the students, or None."""
+        return precision_of(self.megatron)
 
     @property
     def roles(self) -> int:
@@ -127,7 +141,7 @@ class Recipe:
 KNOWN_KEYS = (
     *("parent", "save", "train_data", "validation_data", "ffn_blocks", "axes", "budgets", "selections", "router"),
     *("stages", "temperature", "loss", "save_interval", "evaluation", "calibration", "teacher", "budget_mode"),
-    *("heterogeneous", "depth_ranking", "expert_blocks", "deployment", "latency_table"),
+    *("heterogeneous", "depth_ranking", "expert_blocks", "deployment", "latency_table", "teacher_precision"),
 )
 BUDGET_MODES = ("joint", "sampled")
 REQUIRED_KEYS = ("parent", "save", "train_data", "validation_data", "axes", "budgets", "stages")
@@ -215,10 +229,19 @@ def _single(elastic: Mapping[str, Any], faults: list[str]) -> dict[str, Any]:
     mode = elastic.get("budget_mode", "joint")
     if mode not in BUDGET_MODES:
         faults.append(f"elastic.budget_mode: {mode!r} must be one of {list(BUDGET_MODES)}")
+    of_teacher = elastic.get("teacher_precision", UNQUANTISED)
+    if of_teacher not in TEACHER_PRECISIONS:
+        faults.append(f"elastic.teacher_precision: {of_teacher!r} must be one of {list(TEACHER_PRECISIONS)}")
     interval = elastic.get("save_interval", 1000)
     if not isinstance(interval, int) or isinstance(interval, bool) or interval < 1:
         faults.append(f"elastic.save_interval: {interval!r} must be a whole number, at least 1")
-    return {**found, "temperature": temperature, "save_interval": interval, "budget_mode": mode}
+    return {
+        **found,
+        "temperature": temperature,
+        "save_interval": interval,
+        "budget_mode": mode,
+        "teacher_precision": of_teacher,
+    }
 
 
 def _reachable(family: Family, tolerance: float, faults: list[str]) -> None:
@@ -301,6 +324,8 @@ def parse_recipe(raw: Any, *, world_size: int | None = None, source: str = "reci
         _reachable(family, router.tolerance if router else 0.02, faults)
     pretrain = None if raw.get("pretrain") is None else _pretrain(raw["pretrain"], megatron, shape, world_size, faults)
     single = _single(elastic, faults)
+    if single["teacher_precision"] == QUANTISED and not megatron.get("fp8-format"):
+        faults.append("elastic.teacher_precision: 'fp8' is the students' FP8: give megatron.fp8-format and fp8-recipe")
     evaluation = section(Evaluation, elastic.get("evaluation", {}), "elastic.evaluation", faults)
     calibration = section(Calibration, elastic.get("calibration", {}), "elastic.calibration", faults)
     loss = section(DistillationLoss, elastic.get("loss", {}), "elastic.loss", faults)

@@ -26,12 +26,13 @@ from megatron_elastic.errors import CheckpointError
 from megatron_elastic.family import Family
 from megatron_elastic.forward_step import JointStep
 from megatron_elastic.layers.packing import packed_documents
-from megatron_elastic.layers.plain import plain_stack_spec
+from megatron_elastic.layers.plain import plain_stack
 from megatron_elastic.metadata import Metadata
 from megatron_elastic.metrics import StepLog
 from megatron_elastic.model import ElasticHybridModel, ElasticModelBuilder, ElasticModelConfig, FamilyState
 from megatron_elastic.parallel import ranks_of
 from megatron_elastic.parents import with_ranked_layers
+from megatron_elastic.precision import QUANTISED, precision_of
 from megatron_elastic.router import Router, RouterTrainer
 from megatron_elastic.schedule import stage_argv
 
@@ -141,7 +142,10 @@ class _Attach:
         vp_stage: int | None,
     ) -> None:
         load_parent(model, self.recipe.parent)
-        teacher = builder.build_plain(pg_collection, model.pre_process, model.post_process, vp_stage)
+        quantised = self.recipe.teacher_precision == QUANTISED
+        teacher = builder.build_plain(
+            pg_collection, model.pre_process, model.post_process, vp_stage, quantised=quantised
+        )
         load_parent(teacher, self.recipe.teacher)
         teacher.requires_grad_(False)
         teacher.eval()
@@ -200,6 +204,7 @@ def train_stage(recipe: Recipe, number: int) -> None:
     step = JointStep(recipe, state, stage, StepLog(recipe, number, args.log_interval))
     config = hybrid_config_from_args(args, model_config_cls=ElasticModelConfig)
     config.family = recipe.family
+    config.precision = recipe.precision if args.transformer_impl == "local" else None
     config.on_build = _Attach(recipe, state, step)
     budgets = [budget.name for budget in recipe.family.budgets]
     teachers = [OF_KIND[kind] for kind in stage.teachers(budgets)]
@@ -277,7 +282,7 @@ def train_plain(
         )
     )
     config = hybrid_config_from_args(args, model_config_cls=HybridModelConfig)
-    config.hybrid_stack_spec = plain_stack_spec
+    config.hybrid_stack_spec = plain_stack(precision_of(flags) if args.transformer_impl == "local" else None)
     before = sum(s.iterations * s.global_batch_size for s in stages[: number - 1])
     text = TextRun(
         train=train_data,

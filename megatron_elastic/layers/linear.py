@@ -1,4 +1,4 @@
-"""Tensor-parallel linears that can run in FP8 and on a slice of their weight, and the LM head with the KD loss inside it.
+"""Tensor-parallel linears that run in FP8 or on a slice of their weight, and the LM head with the KD loss inside it.
 
 A weight is read only in the forward of the module that owns it: with `overlap_param_gather` it is stale anywhere else.
 """

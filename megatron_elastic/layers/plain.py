@@ -7,6 +7,7 @@ names are those of core's layers with separate norms. Linear layers are core's t
 import contextlib
 import copy
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -265,7 +266,7 @@ def quantise_linears(layer: torch.nn.Module, scaling: Scaling) -> None:
 
 
 class LocalHybridStack(HybridStack):
-    """Core's `HybridStack` with a local final norm, for which core hard-codes Transformer Engine's, and FP8 in torch."""
+    """Core's `HybridStack` with a local final norm and FP8, for which core hard-codes Transformer Engine's."""
 
     def __init__(
         self,
@@ -348,3 +349,8 @@ plain_stack_spec = ModuleSpec(
     ),
 )
 """The whole stack. An object, not a function: `--spec` takes the attribute as it is."""
+
+
+def plain_stack(precision: Precision | None) -> ModuleSpec:
+    """The whole stack with the FP8 of its linear layers."""
+    return replace(plain_stack_spec, params={"precision": precision})

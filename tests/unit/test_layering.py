@@ -30,6 +30,7 @@ LEVELS = {
     "router": 3,
     "metadata": 3,
     "recipe_family": 3,
+    "tiles": 2,
     "config": 3,
     "ops": 4,
     "checkpoint": 4,
