@@ -29,9 +29,11 @@ from megatron_elastic.precision import (
     UNQUANTISED,
     Precision,
     precision_of,
+    skipped_end_fault,
 )
 from megatron_elastic.recipe_family import parse_family, parse_selections
 from megatron_elastic.router import RouterConfig
+from megatron_elastic.tiles import tile_faults, tile_of, token_faults
 
 __all__ = [
     "Calibration",
@@ -207,6 +209,12 @@ def _pretrain(
         faults.extend(f"pretrain.megatron: {fault}" for fault in split)
     if fault := length_fault(run.sequence_length, ranks):
         faults.append(f"pretrain.{fault}")
+    tile = tile_of(merged)
+    if tile is not None and shape is not None:
+        full = tile_faults(shape, shape.orders(1), shape.choices, ranks, tile)
+        faults.extend(f"pretrain.megatron: {fault}" for fault in full)
+        split_tokens = bool(merged.get("sequence-parallel"))
+        faults.extend(token_faults({"pretrain": run.stage}, ranks, split=split_tokens, tile=tile))
     step = run.micro_batch_size * max(1, (world_size or ranks.copy) // ranks.copy)
     if step and run.global_batch_size % step:
         faults.append(
@@ -316,12 +324,20 @@ def parse_recipe(raw: Any, *, world_size: int | None = None, source: str = "reci
     roles = {"training": 2 if elastic.get("budget_mode") == "sampled" else judged, "evaluation": judged}
     interleaving_faults(megatron, stages, roles, max(1, (world_size or ranks.copy) // ranks.copy), faults)
     router = _router(elastic, stages if len(faults) == before else None, faults)
-    family = None if shape is None else parse_family(elastic, shape, ranks, faults)
+    tile = tile_of(megatron)
+    if tile is not None:
+        named_stages = {f"elastic.stages[{number}]": stage for number, stage in enumerate(stages)}
+        faults.extend(token_faults(named_stages, ranks, split=bool(megatron.get("sequence-parallel")), tile=tile))
+    family = None if shape is None else parse_family(elastic, shape, ranks, faults, tile)
     selections: tuple[Selection, ...] = ()
     if family is not None and "selections" in elastic:
         selections = parse_selections(elastic["selections"], family, faults)
     elif family is not None:
         _reachable(family, router.tolerance if router else 0.02, faults)
+    if family is not None and not faults:
+        skipped = {*family.ever_skipped, *(number for selection in selections for number in selection.skipped)}
+        fault = skipped_end_fault(precision_of(megatron), skipped, len(family.shape.pattern))
+        faults.extend([] if fault is None else [f"elastic.axes.depth: {fault}"])
     pretrain = None if raw.get("pretrain") is None else _pretrain(raw["pretrain"], megatron, shape, world_size, faults)
     single = _single(elastic, faults)
     if single["teacher_precision"] == QUANTISED and not megatron.get("fp8-format"):

@@ -1,6 +1,6 @@
 """What Megatron's flags say of FP8: how linear layers are quantised, and which layers are not."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -111,3 +111,22 @@ def precision_of(flags: Mapping[str, Any]) -> Precision | None:
     if flags.get("first-last-layers-bf16"):
         first, last = (int(flags.get(f"num-layers-at-{end}-in-bf16", 1)) for end in ("start", "end"))
     return Precision(Scaling(flags["fp8-format"], flags["fp8-recipe"]), first, last)
+
+
+def skipped_end_fault(precision: Precision | None, skipped: Iterable[int], layers: int) -> str | None:
+    """What is wrong with leaving layers out of a model whose ends are not quantised; None where nothing is.
+
+    Args:
+        precision: of the model.
+        skipped: layers that some submodel leaves out, of the parent's numbers.
+        layers: of the parent.
+    """
+    if precision is None:
+        return None
+    ends = sorted({number for number in skipped if precision.of_layer(number, layers) is None})
+    if not ends:
+        return None
+    return (
+        f"layers {ends} are left out by a submodel, and first-last-layers-bf16 leaves them unquantised: cut out, the "
+        "submodel would have other layers at its ends than in the family; keep them, or quantise all layers"
+    )

@@ -7,6 +7,7 @@ scaling asks for no more: its last block may be smaller.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from math import lcm
 from typing import Any
 
 from megatron_elastic.axes import BlockOrder
@@ -67,18 +68,20 @@ def _beside(axis: str, shape: ModelShape, choices: Mapping[str, Sequence[int]], 
     full = dict(shape.full)
     if axis != "mamba_head_dim":
         return [full]
-    fitting = [h for h in choices["mamba_heads"] if not _wrong(axis, shape, {**full, "mamba_heads": h}, ranks, tile)]
-    return [{**full, "mamba_heads": heads} for heads in fitting]
+    beside: list[Sizes] = [{**full, "mamba_heads": heads} for heads in choices["mamba_heads"]]
+    return [sizes for sizes in beside if not _wrong(axis, shape, sizes, ranks, tile)]
 
 
-def _wrong(axis: str, shape: ModelShape, sizes: Sizes, ranks: Ranks, tile: int) -> list[str]:
-    return [f"{width} {name}" for name, width in _WIDTHS[axis](shape, sizes, ranks) if width % tile]
+def _wrong(axis: str, shape: ModelShape, sizes: Sizes, ranks: Ranks, tile: int) -> list[tuple[str, int]]:
+    return [(name, width) for name, width in _WIDTHS[axis](shape, sizes, ranks) if width % tile]
 
 
-def _nearest(fits: Callable[[int], bool], size: int, candidates: Iterable[int]) -> list[int]:
-    """The next smaller and the next larger size that fits."""
-    fitting = [candidate for candidate in candidates if fits(candidate)]
-    return [*[c for c in fitting if c < size][-1:], *[c for c in fitting if c > size][:1]]
+def _smaller(axis: str, ranks: Ranks) -> Iterator[tuple[str, Ranks]]:
+    """The layouts with fewer ranks for an axis, largest first."""
+    if axis != "hidden":
+        name, size = ("expert TP", ranks.etp) if axis == "expert_ffn" else ("TP", ranks.tp)
+        for fewer in (each for each in range(size - 1, 0, -1) if size % each == 0):
+            yield f"{name} {fewer}", ranks._replace(**{"etp" if axis == "expert_ffn" else "tp": fewer})
 
 
 def tile_faults(
@@ -98,20 +101,43 @@ def tile_faults(
         tile: what a width must be a multiple of.
     """
     for axis in (axis for axis in shape.axes if axis in _WIDTHS):
-        beside, order = _beside(axis, shape, choices, ranks, tile), orders[axis]
+        beside = _beside(axis, shape, choices, ranks, tile)
 
-        def wrong(size: int, axis: str = axis, beside: Sequence[Sizes] = beside) -> list[str]:
-            found = (_wrong(axis, shape, {**other, axis: size}, ranks, tile) for other in beside)
+        def wrong(size: int, on: Ranks, axis: str = axis, beside: Sequence[Sizes] = beside) -> list[tuple[str, int]]:
+            found = (_wrong(axis, shape, {**sizes, axis: size}, on, tile) for sizes in beside)
             return list(dict.fromkeys(each for one in found for each in one))
 
-        bad = [size for size in choices[axis] if wrong(size)]
+        bad = {size: found for size in choices[axis] if (found := wrong(size, ranks))}
         if not bad:
             continue
-        sizes = range(order.blocks, order.size + 1, order.blocks)
-        near = sorted({found for size in bad for found in _nearest(lambda s: not wrong(s), size, sizes)}, reverse=True)
-        said = "; ".join(f"{size} gives {', '.join(wrong(size))}" for size in bad)
-        remedy = f"the nearest that fit are {near}" if near else "no size fits this layout: use another TP"
-        yield f"{axis}: FP8 takes multiples of {tile} on a rank, and {said}: {remedy}"
+        widths: dict[str, list[str]] = {}
+        for size, found in bad.items():
+            for name, width in found:
+                widths.setdefault(name, []).append(f"{width} at {size}")
+        said = "; ".join(f"{name} {', '.join(each)}" for name, each in widths.items())
+        near = _nearest([size for size in _sizes(orders[axis]) if not wrong(size, ranks)], bad)
+        remedies = [f"the nearest that fit are {near}"] if near else []
+        remedies += [
+            f"with {name} all fit" for name, on in _smaller(axis, ranks) if not any(wrong(s, on) for s in choices[axis])
+        ][:1]
+        yield (
+            f"{axis}: FP8 takes multiples of {tile} on a rank, not {said}: "
+            f"{'; '.join(remedies) or 'no size fits, on no fewer ranks either'}"
+        )
+
+
+def _sizes(order: BlockOrder) -> range:
+    """The sizes that an axis can have, ascending."""
+    return range(order.blocks, order.size + 1, order.blocks)
+
+
+def _nearest(fitting: Sequence[int], bad: Iterable[int]) -> list[int]:
+    """The next smaller and the next larger size that fits for each that does not, largest first."""
+    near = set[int]()
+    for size in bad:
+        near.update([each for each in fitting if each < size][-1:])
+        near.update([each for each in fitting if each > size][:1])
+    return sorted(near, reverse=True)
 
 
 def token_faults(stages: Mapping[str, Stage], ranks: Ranks, *, split: bool, tile: int) -> Iterator[str]:
@@ -126,7 +152,7 @@ def token_faults(stages: Mapping[str, Stage], ranks: Ranks, *, split: bool, tile
     for name, stage in stages.items():
         samples, length = stage.micro_batch_size, stage.sequence_length
         tokens = samples * length // ranks.cp
-        multiple = max(tile, LOCAL_TOKENS * ranks.tp) if split else tile
+        multiple = lcm(tile, LOCAL_TOKENS * ranks.tp) if split else tile
         if tokens % multiple:
             below = tokens - tokens % multiple
             near = [each for each in (below, below + multiple) if each]
@@ -136,14 +162,6 @@ def token_faults(stages: Mapping[str, Stage], ranks: Ranks, *, split: bool, tile
             )
 
 
-def all_tile_faults(
-    shape: ModelShape,
-    orders: Mapping[str, BlockOrder],
-    choices: Mapping[str, Sequence[int]],
-    ranks: Ranks,
-    flags: Mapping[str, Any],
-) -> Iterator[str]:
-    """`tile_faults` of the FP8 that the flags ask for; none without FP8."""
-    tile = TILES.get(str(flags.get("fp8-recipe"))) if flags.get("fp8-format") else None
-    if tile is not None:
-        yield from tile_faults(shape, orders, choices, ranks, tile)
+def tile_of(flags: Mapping[str, Any]) -> int | None:
+    """What the FP8 of a recipe's Megatron flags asks widths to be multiples of; None without FP8."""
+    return TILES.get(str(flags.get("fp8-recipe"))) if flags.get("fp8-format") else None
