@@ -56,6 +56,8 @@ class _Fp8:
     def _fp8_product(self, fp8: QuantisedWeight, x: Tensor, segments: tuple[Segments | None, ...] | None) -> Tensor:
         """`[..., kept inputs]` -> `[..., kept outputs]` with the slice's own copy of the weight."""
         kept = self.weight if segments is None else sliced_parameter(self.weight, *segments)
+        if not x.numel() or not kept.numel():  # an expert without tokens, or one that the slice cuts
+            return torch.nn.functional.linear(x, kept)
         return fp8_linear_ref(x, kept, fp8.of(kept, segments), fp8.scaling)
 
 

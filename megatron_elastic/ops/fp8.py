@@ -128,16 +128,14 @@ def fp8_linear_ref(x: Tensor, weight: Tensor, quantised: Quantised, scaling: Sca
     (blockwise) or once for both (tensorwise). Of the input only its FP8 form is kept for the backward.
 
     Args:
-        x: `[..., inputs]`.
-        weight: `[outputs, inputs]`; its values are not read, the gradient comes to it.
+        x: `[..., inputs]`, of at least one row.
+        weight: `[outputs, inputs]`, neither of them 0; its values are not read, the gradient comes to it.
         quantised: what `quantise_weight` made of the same values.
         scaling: formats and recipe.
 
     Returns:
         `[..., outputs]` in the type of `x`.
     """
-    if not x.numel() or not weight.numel():  # an expert without tokens, or one that a slice cuts
-        return torch.nn.functional.linear(x, weight)
     out: Tensor = _Fp8Linear.apply(x, weight, quantised, scaling)  # type: ignore[no-untyped-call]
     return out
 

@@ -9,9 +9,7 @@ from torch import Tensor
 
 from megatron_elastic.ops.fp8 import (
     BLOCK,
-    FORWARD_TYPE,
     GRADIENT_TYPES,
-    Quantised,
     fp8_linear_ref,
     product,
     quantise,
@@ -148,17 +146,6 @@ def test_no_gradient_is_made_for_a_frozen_weight() -> None:
     fp8_linear_ref(x, weight, quantise_weight(weight, scaling), scaling).sum().backward()
     assert x.grad is not None
     assert weight.grad is None
-
-
-def test_nothing_is_quantised_of_an_expert_without_tokens() -> None:
-    weight, scaling = normal(32, 48).requires_grad_(), SCALINGS[1]
-    none = Quantised(torch.empty(0, 0, dtype=FORWARD_TYPE), torch.ones(()), (0, 0))
-    out = fp8_linear_ref(normal(0, 48), weight, none, scaling)
-    out.sum().backward()
-    assert out.shape == (0, 32)
-    assert weight.grad is not None
-    assert not weight.grad.any()
-    assert fp8_linear_ref(normal(4, 48), weight[:0], none, scaling).shape == (4, 0)
 
 
 def test_unknown_recipes_are_refused() -> None:
