@@ -212,7 +212,7 @@ def _pretrain(
     tile = tile_of(merged)
     if tile is not None and shape is not None:
         full = tile_faults(shape, shape.orders(1), shape.choices, ranks, tile)
-        faults.extend(f"pretrain.megatron: {fault}" for fault in full)
+        faults.extend(f"pretrain.megatron: {axis}: FP8 refuses {what}" for axis, what in full)
         split_tokens = bool(merged.get("sequence-parallel"))
         faults.extend(token_faults({"pretrain": run.stage}, ranks, split=split_tokens, tile=tile))
     step = run.micro_batch_size * max(1, (world_size or ranks.copy) // ranks.copy)

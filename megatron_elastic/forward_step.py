@@ -17,6 +17,7 @@ from megatron_elastic.config import Recipe, Stage
 from megatron_elastic.distillation.roles import LIVE_TEACHER, OF_KIND
 from megatron_elastic.layers.linear import TeacherTarget
 from megatron_elastic.layers.moe_role import MoeRole
+from megatron_elastic.layers.quantized_once import weights_changed
 from megatron_elastic.loss_checks import check_loss
 from megatron_elastic.loss_log import LossLog
 from megatron_elastic.metrics import StepLog
@@ -83,6 +84,8 @@ class JointStep:
     def finalize(self, model: list[Any], num_tokens: Tensor | None = None, **kwargs: Any) -> None:
         """Core's finalize, then the router's gradient: reduced and stored, overwritten where the step is rerun."""
         finalize_model_grads(model, num_tokens, **kwargs)
+        for chunk in model:
+            weights_changed(chunk)  # no forward lies between here and the optimizer's step
         self.losses.finish()
         trainer, world = self.state.trainer, torch.distributed.group.WORLD
         if trainer is not None and not self.state.metadata.selections:

@@ -30,12 +30,12 @@ def fp8_warnings(recipe: Recipe, ranks: Ranks) -> list[str]:
     flags, family = recipe.megatron, recipe.family
     given = family.shape, family.orders, family.choices, ranks
     if not flags.get("fp8-format"):
-        return [f"FP8 would be refused: {fault}" for fault in tile_faults(*given, TILES["tensorwise"])]
+        return [f"FP8 would refuse {axis}: {what}" for axis, what in tile_faults(*given, TILES["tensorwise"])]
     found = []
     if flags.get("fp8-recipe") == "blockwise":
         found = [
-            f"blockwise FP8: a rank's last block is smaller, and another tensor-parallel size has other blocks: {fault}"
-            for fault in tile_faults(*given, BLOCKS)
+            f"{axis}: a rank's last blocks of FP8 are smaller, and another tensor-parallel size has others: {what}"
+            for axis, what in tile_faults(*given, BLOCKS)
         ]
     if flags.get("transformer-impl") == "local":
         found.append("FP8 on the local backend is a reference in torch: it saves neither time nor memory")

@@ -215,7 +215,8 @@ def parse_family(
     layout = Layout(shape, ffn_blocks, expert_blocks)
     choices = _choices(raw, shape, layout, ranks, faults)
     if tile is not None and len(choices) == len(shape.choices):
-        faults.extend(f"elastic.axes.{fault}" for fault in tile_faults(shape, layout.orders, choices, ranks, tile))
+        unfit = tile_faults(shape, layout.orders, choices, ranks, tile)
+        faults.extend(f"elastic.axes.{axis}: FP8 refuses {what}" for axis, what in unfit)
     different = _heterogeneous(elastic.get("heterogeneous", []), shape, faults)
     ranking: tuple[int, ...] = ()
     if "depth_ranking" in elastic:

@@ -27,7 +27,7 @@ _Widths = Callable[[ModelShape, Sizes, Ranks], Iterator[tuple[str, int]]]
 
 
 def _hidden(shape: ModelShape, sizes: Sizes, ranks: Ranks) -> Iterator[tuple[str, int]]:
-    yield "width", sizes["hidden"]
+    yield "channels", sizes["hidden"]
 
 
 def _neurons(axis: str) -> _Widths:
@@ -90,8 +90,8 @@ def tile_faults(
     choices: Mapping[str, Sequence[int]],
     ranks: Ranks,
     tile: int,
-) -> Iterator[str]:
-    """One sentence for every axis with choices whose widths on a rank are no multiples of the tile.
+) -> Iterator[tuple[str, str]]:
+    """Every axis with choices whose widths on a rank are no multiples of the tile, and which, and what would fit.
 
     Args:
         shape: the parent.
@@ -120,10 +120,8 @@ def tile_faults(
         remedies += [
             f"with {name} all fit" for name, on in _smaller(axis, ranks) if not any(wrong(s, on) for s in choices[axis])
         ][:1]
-        yield (
-            f"{axis}: FP8 takes multiples of {tile} on a rank, not {said}: "
-            f"{'; '.join(remedies) or 'no size fits, on no fewer ranks either'}"
-        )
+        what = "; ".join(remedies) or "no size fits, on no fewer ranks either"
+        yield axis, f"{said} on a rank, no multiples of {tile}: {what}"
 
 
 def _sizes(order: BlockOrder) -> range:

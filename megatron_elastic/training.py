@@ -27,6 +27,7 @@ from megatron_elastic.family import Family
 from megatron_elastic.forward_step import JointStep
 from megatron_elastic.layers.packing import packed_documents
 from megatron_elastic.layers.plain import plain_stack
+from megatron_elastic.layers.quantized_once import weights_changed
 from megatron_elastic.metadata import Metadata
 from megatron_elastic.metrics import StepLog
 from megatron_elastic.model import ElasticHybridModel, ElasticModelBuilder, ElasticModelConfig, FamilyState
@@ -150,6 +151,7 @@ class _Attach:
         teacher.requires_grad_(False)
         teacher.eval()
         teacher.cuda(torch.cuda.current_device())
+        weights_changed(teacher)
         model.teachers = (teacher,)
         if not vp_stage:
             model.states = (self.state,)
