@@ -18,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._device import _device_constructors
 
+from megatron_elastic.backend import FLAG, LOCAL
 from megatron_elastic.config import Recipe
 from megatron_elastic.errors import RecipeError
 from megatron_elastic.model import ElasticHybridModel, ElasticModelBuilder, ElasticModelConfig
@@ -106,8 +107,8 @@ def _environment(**values: int) -> Iterator[None]:
 def _arguments(recipe: Recipe, world_size: int) -> Any:
     """Megatron's own arguments of the first stage, for so many ranks."""
     argv = stage_argv(
-        # Nothing is read: the tokenizer may be on another machine.
-        {**recipe.megatron, "tokenizer-type": "NullTokenizer", "tokenizer-model": None},
+        # Nothing is read or run: tokenizer and Transformer Engine may be elsewhere, and both backends hold the same.
+        {**recipe.megatron, "tokenizer-type": "NullTokenizer", "tokenizer-model": None, FLAG: LOCAL},
         recipe.stages,
         1,
         roles=recipe.roles,

@@ -5,6 +5,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from megatron_elastic.backend import BACKENDS
+from megatron_elastic.backend import FLAG as BACKEND_FLAG
 from megatron_elastic.layout import ModelShape
 from megatron_elastic.precision import precision_faults
 
@@ -191,6 +193,18 @@ REFUSALS: tuple[Refusal, ...] = (
     Refusal("moe-enable-deepep", _given, "it is the flex dispatcher's: allgather and alltoall are carried"),
     Refusal("overlap-moe-expert-parallel-comm", _given, "its schedule runs core's layers piece by piece"),
     Refusal("overlap-dispatch-backward-with-experts-wgrad", _given, "sliced gradients are added in the backward"),
+    # Transformer Engine.
+    Refusal(BACKEND_FLAG, _not(None, *BACKENDS), "transformer_engine and local have elastic layers"),
+    Refusal("use-transformer-engine-op-fuser", _given, "it fuses norm and linears, which elastic layers keep apart"),
+    Refusal("fused-residual-rmsnorm", _given, "its norm does not know the effective width of a mask"),
+    Refusal("symmetric-ar-type", _given, "its buffers have one shape, slices have several; no test covers them"),
+    Refusal("batch-invariant-mode", _given, "it replaces kernels of core's layers, not those of elastic ones"),
+    Refusal("window-size", _given, f"attention inside a window: {_NO_LAYER}"),
+    Refusal("softmax-type", _not(None, "vanilla"), f"another softmax in attention: {_NO_LAYER}"),
+    Refusal("qk-clip", _given, f"clipped attention scores: {_NO_LAYER}"),
+    Refusal("log-max-attention-logit", _given, "elastic attention does not tell its largest score: leave it out"),
+    Refusal("fine-grained-activation-offloading", _given, "the elastic stack's loop does not offload: use recompute"),
+    Refusal("cpu-offloading-num-layers", _not(None, 0), "the elastic stack's loop does not offload: use recompute"),
     # What the elastic section sets.
     *(Refusal(flag, _given, _OWNED) for flag in _OWNED_FLAGS),
 )

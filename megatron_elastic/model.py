@@ -15,6 +15,7 @@ from megatron.training.models.hybrid import HybridModelBuilder, HybridModelConfi
 from torch import Tensor
 
 from megatron_elastic import metadata as family_metadata
+from megatron_elastic.backend import LOCAL
 from megatron_elastic.budget import Selection
 from megatron_elastic.curriculum import FORWARD_KL, DistillationLoss
 from megatron_elastic.errors import CheckpointError
@@ -289,6 +290,7 @@ class ElasticModelConfig(HybridModelConfig):
 
     Attributes:
         family: what is elastic.
+        backend: of its layers, one of `backend.BACKENDS`.
         precision: FP8 of the local backend's linear layers; Transformer Engine reads Megatron's own config.
         on_build: called with each model chunk and its virtual stage before it is wrapped (loads weights, adds a
             teacher).
@@ -296,6 +298,7 @@ class ElasticModelConfig(HybridModelConfig):
 
     builder: ClassVar[str] = "megatron_elastic.model.ElasticModelBuilder"
     family: Family | None = None
+    backend: str = LOCAL
     precision: Precision | None = None
     on_build: (
         Callable[["ElasticModelBuilder", ElasticHybridModel, ProcessGroupCollection, int | None], None] | None
@@ -323,7 +326,9 @@ class ElasticModelBuilder(HybridModelBuilder):
             config.fp8 = None
         return ElasticHybridModel(
             config=config,
-            hybrid_stack_spec=elastic_stack_spec(settings.family, settings.precision if quantised else None),
+            hybrid_stack_spec=elastic_stack_spec(
+                settings.family, settings.backend, settings.precision if quantised else None
+            ),
             vocab_size=settings.family.shape.vocab,
             max_sequence_length=settings.seq_length,
             hybrid_layer_pattern=settings.hybrid_layer_pattern,

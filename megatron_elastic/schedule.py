@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_elastic.backend import FLAG, LOCAL, TRANSFORMER_ENGINE, chosen_backend
 from megatron_elastic.checkpoint import tracked
 from megatron_elastic.config import Stage
 from megatron_elastic.flags import to_argv
@@ -16,7 +17,7 @@ VERIFY_FLAG = "verify-integrity"
 """Megatron's flag for a manifest of SHA-256 digests beside every checkpoint, checked when it is loaded."""
 
 LOCAL_BACKEND_FLAGS: Mapping[str, Any] = {
-    "transformer-impl": "local",
+    FLAG: LOCAL,
     "no-persist-layer-norm": True,
     "no-gradient-accumulation-fusion": True,
     "no-masked-softmax-fusion": True,
@@ -28,6 +29,14 @@ LOCAL_BACKEND_FLAGS: Mapping[str, Any] = {
     "ckpt-format": "torch_dist",
 }
 """What the local backend needs, unless a recipe says otherwise."""
+
+ENGINE_BACKEND_FLAGS: Mapping[str, Any] = {
+    **{flag: value for flag, value in LOCAL_BACKEND_FLAGS.items() if flag != "attention-backend"},
+    FLAG: TRANSFORMER_ENGINE,
+}
+"""What Transformer Engine's backend needs: everything else is as on the local one, and it chooses its attention."""
+
+BACKEND_FLAGS: Mapping[str, Mapping[str, Any]] = {LOCAL: LOCAL_BACKEND_FLAGS, TRANSFORMER_ENGINE: ENGINE_BACKEND_FLAGS}
 
 STOP_FLAGS: Mapping[str, Any] = {"exit-signal-handler": True}
 """SIGTERM ends a run after the step it is in, with a checkpoint; a recipe may turn that off."""
@@ -67,12 +76,15 @@ def stage_flags(
         save_interval, eval_interval: optimizer steps.
         eval_iterations: global batches of base samples an evaluation.
         cuda: whether the ranks have GPUs.
+
+    Raises:
+        RecipeError: the flags ask for a backend that cannot be had here.
     """
     stage = stages[number - 1]
     total = sum(s.iterations * s.global_batch_size for s in stages)
     warmup = int(flags.get("lr-warmup-iters", 0)) * stages[0].global_batch_size
     made = {
-        **LOCAL_BACKEND_FLAGS,
+        **BACKEND_FLAGS[chosen_backend(flags, cuda=cuda)],
         **STOP_FLAGS,
         **(ASYNC_SAVE_FLAGS if flags.get("async-save") else {}),
         **(RESHARD_FLAGS if flags.get("use-distributed-optimizer") else {}),
@@ -98,7 +110,7 @@ def stage_flags(
     }
     if tracked(save):
         made["load"] = save
-    if made["transformer-impl"] == "local":
+    if made[FLAG] == LOCAL:
         # Core leaves FP8 to Transformer Engine, and refuses experts in it without. The local stack quantises by itself.
         made["fp8-format"] = None
     return made

@@ -20,16 +20,16 @@ from megatron.training.models.hybrid import HybridModelBuilder, HybridModelConfi
 from torch import Tensor
 
 from megatron_elastic import megatron_compat
+from megatron_elastic.backend import FLAG, LOCAL, available_backend
 from megatron_elastic.checkpoint import expert_of, find_checkpoint, parameters, read_entries, read_parameter
 from megatron_elastic.cpu import adaptation
 from megatron_elastic.errors import CheckpointError, ElasticError, RecipeError
 from megatron_elastic.family import Family
 from megatron_elastic.flags import LAYOUT_FLAGS, padded_vocabulary, to_argv
-from megatron_elastic.layers.plain import plain_stack_spec
-from megatron_elastic.layers.sized import sized_stack_spec
 from megatron_elastic.layout import ModelShape
 from megatron_elastic.model import ElasticHybridModel, ElasticModelBuilder, ElasticModelConfig
-from megatron_elastic.schedule import CPU_FLAGS, LOCAL_BACKEND_FLAGS
+from megatron_elastic.schedule import BACKEND_FLAGS, CPU_FLAGS
+from megatron_elastic.specs import plain_spec
 
 RUN_FLAGS = (
     "lr",
@@ -156,10 +156,14 @@ def _arguments(flags: Mapping[str, Any], dtype: torch.dtype) -> Any:
     """Megatron's arguments for a recipe's flags, read by its own parser and validation."""
     pattern, ranks = str(flags["hybrid-layer-pattern"]).replace("|", ""), launched()
     kept = {name: value for name, value in flags.items() if name not in LAYOUT_FLAGS and name not in RUN_FLAGS}
+    cuda = torch.cuda.is_available()
+    # What was trained on one backend is read on what there is; proofs in fp64 are for the local one.
+    backend = LOCAL if dtype is torch.float64 else available_backend(flags, cuda=cuda)
     made = {
-        **LOCAL_BACKEND_FLAGS,
-        **({} if torch.cuda.is_available() else CPU_FLAGS),
+        **BACKEND_FLAGS[backend],
+        **({} if cuda else CPU_FLAGS),
         **kept,
+        FLAG: backend,
         "hybrid-layer-pattern": pattern,
         **(split(flags) if ranks > 1 else {}),
         "bf16": dtype is torch.bfloat16,
@@ -199,7 +203,7 @@ def _to[M: torch.nn.Module](model: M, dtype: torch.dtype) -> M:
 def build_plain_model(
     flags: Mapping[str, Any], dtype: torch.dtype = torch.float32, shape: ModelShape | None = None
 ) -> HybridModel:
-    """Core's `HybridModel` on the local backend, with initial weights.
+    """Core's `HybridModel` with initial weights, on Transformer Engine where there is one, else on the local backend.
 
     It is whole inside `single_process`; inside `launched_processes` it is this rank's part.
 
@@ -211,8 +215,9 @@ def build_plain_model(
     Raises:
         RecipeError: Megatron refuses the flags.
     """
-    config = hybrid_config_from_args(_arguments(flags, dtype), model_config_cls=HybridModelConfig)
-    config.hybrid_stack_spec = plain_stack_spec if shape is None or shape.uniform else sized_stack_spec(shape)
+    args = _arguments(flags, dtype)
+    config = hybrid_config_from_args(args, model_config_cls=HybridModelConfig)
+    config.hybrid_stack_spec = plain_spec(args.transformer_impl, shape)
     model = HybridModelBuilder(config).build_model(ProcessGroupCollection.use_mpu_process_groups())
     return _to(model, dtype)
 
@@ -230,8 +235,9 @@ def build_elastic_model(
     Raises:
         RecipeError: Megatron refuses the flags.
     """
-    config = hybrid_config_from_args(_arguments(flags, dtype), model_config_cls=ElasticModelConfig)
-    config.family = family
+    args = _arguments(flags, dtype)
+    config = hybrid_config_from_args(args, model_config_cls=ElasticModelConfig)
+    config.family, config.backend = family, args.transformer_impl
     model: ElasticHybridModel = ElasticModelBuilder(config).build_plain(ProcessGroupCollection.use_mpu_process_groups())
     return _to(model, dtype)
 

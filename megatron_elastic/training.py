@@ -1,5 +1,6 @@
 """Runs inside `megatron.training.pretrain()`: the parent's training and the elastic stages. Wiring only, no maths."""
 
+import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from megatron.training.argument_utils import hybrid_config_from_args, pretrain_c
 from megatron.training.arguments import parse_and_validate_args
 from megatron.training.models.hybrid import HybridModelConfig
 
+from megatron_elastic.backend import LOCAL
 from megatron_elastic.batch import rank_batch
 from megatron_elastic.checkpoint import find_checkpoint, fused_norms, save_faults_are_told
 from megatron_elastic.config import Recipe, Stage
@@ -26,7 +28,6 @@ from megatron_elastic.errors import CheckpointError
 from megatron_elastic.family import Family
 from megatron_elastic.forward_step import JointStep
 from megatron_elastic.layers.packing import packed_documents
-from megatron_elastic.layers.plain import plain_stack
 from megatron_elastic.layers.quantized_once import weights_changed
 from megatron_elastic.metadata import Metadata
 from megatron_elastic.metrics import StepLog
@@ -36,6 +37,8 @@ from megatron_elastic.parents import with_ranked_layers
 from megatron_elastic.precision import QUANTISED, precision_of
 from megatron_elastic.router import Router, RouterTrainer
 from megatron_elastic.schedule import stage_argv
+from megatron_elastic.specs import plain_spec
+from megatron_elastic.wandb_run import join
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,6 +102,12 @@ class TextRun:
             period=period,
         )
         return train, valid, None
+
+
+def _join_wandb(flags: Mapping[str, Any], save: str, job_type: str) -> None:
+    """On the rank that Megatron logs on: the last one."""
+    if int(os.environ.get("RANK", "0")) == int(os.environ.get("WORLD_SIZE", "1")) - 1:
+        join(flags, save, job_type)
 
 
 def _parse(argv: list[str]) -> Any:
@@ -174,6 +183,7 @@ def train_stage(recipe: Recipe, number: int) -> None:
     """
     recipe = with_ranked_layers(recipe)
     stage = recipe.stages[number - 1]
+    _join_wandb(recipe.megatron, recipe.save, "elastic")
     args = _parse(
         stage_argv(
             recipe.megatron,
@@ -205,8 +215,8 @@ def train_stage(recipe: Recipe, number: int) -> None:
     )
     step = JointStep(recipe, state, stage, StepLog(recipe, number, args.log_interval))
     config = hybrid_config_from_args(args, model_config_cls=ElasticModelConfig)
-    config.family = recipe.family
-    config.precision = recipe.precision if args.transformer_impl == "local" else None
+    config.family, config.backend = recipe.family, args.transformer_impl
+    config.precision = recipe.precision if args.transformer_impl == LOCAL else None
     config.on_build = _Attach(recipe, state, step)
     budgets = [budget.name for budget in recipe.family.budgets]
     teachers = [OF_KIND[kind] for kind in stage.teachers(budgets)]
@@ -269,6 +279,7 @@ def train_plain(
         save_interval: optimizer steps.
         evaluation: interval in steps, and batches.
     """
+    _join_wandb(flags, save, "plain")
     args = _parse(
         stage_argv(
             flags,
@@ -284,7 +295,9 @@ def train_plain(
         )
     )
     config = hybrid_config_from_args(args, model_config_cls=HybridModelConfig)
-    config.hybrid_stack_spec = plain_stack(precision_of(flags) if args.transformer_impl == "local" else None)
+    config.hybrid_stack_spec = plain_spec(
+        args.transformer_impl, precision=precision_of(flags) if args.transformer_impl == LOCAL else None
+    )
     before = sum(s.iterations * s.global_batch_size for s in stages[: number - 1])
     text = TextRun(
         train=train_data,

@@ -25,6 +25,16 @@ class NoCoreAttention:
 class ElasticSelfAttention(SelfAttention):
     """Grouped-query causal self-attention on all query heads, with a mask, or on a slice of them."""
 
+    @property
+    def scale(self) -> float:
+        """Factor on the scores: the head's width is no axis, so that of every selection."""
+        scale: float = self.config.softmax_scale or self.hidden_size_per_attention_head**-0.5
+        return scale
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, documents: Tensor | None) -> Tensor:
+        """Query `[s, b, heads, d]`, key and value `[s, b, groups, d]` -> `[s, b, heads * d]`."""
+        return context_parallel_attention(query, key, value, self.scale, documents, self.pg_collection.cp)
+
     def forward(
         self,
         hidden_states: Tensor,
@@ -54,15 +64,10 @@ class ElasticSelfAttention(SelfAttention):
         if rotary_pos_emb is not None:
             rotate = partial(apply_rotary_pos_emb, config=self.config, cp_group=self.pg_collection.cp)
             query, key = rotate(query, rotary_pos_emb), rotate(key, rotary_pos_emb)
-        scale = self.config.softmax_scale or width**-0.5
-
-        def attend(query: Tensor, key: Tensor, value: Tensor, documents: Tensor | None) -> Tensor:
-            return context_parallel_attention(query, key, value, scale, documents, self.pg_collection.cp)
-
         if self.checkpoint_core_attention and self.training:
-            context = tensor_parallel.checkpoint(attend, False, query, key, value, documents)
+            context = tensor_parallel.checkpoint(self.attend, False, query, key, value, documents)
         else:
-            context = attend(query, key, value, documents)
+            context = self.attend(query, key, value, documents)
         if mask is not None:
             context = context * mask.repeat_interleave(width)
         out, _ = self.linear_proj(context, segments=segments.get("self_attention.linear_proj.weight"))

@@ -18,7 +18,6 @@ from torch import Tensor
 from megatron_elastic.axes import Segments
 from megatron_elastic.curriculum import FORWARD_KL, DistillationLoss
 from megatron_elastic.layers.fp8_weight import QuantisedWeight
-from megatron_elastic.layers.quantized_once import QuantizedOnce
 from megatron_elastic.ops.cross_entropy import cross_entropy
 from megatron_elastic.ops.fp8 import fp8_linear_ref
 from megatron_elastic.ops.kd_loss import kd_loss
@@ -41,17 +40,15 @@ class _Fp8:
 
     Attributes:
         fp8: the quantised copies of the weight; None where the layer is not quantised.
-        quantized_once: theirs, where `weights_changed` finds it.
     """
 
     fp8: QuantisedWeight | None = None
-    quantized_once: QuantizedOnce | None = None
     weight: Tensor
 
     def quantise(self, scaling: Scaling) -> None:
         """From now on the layer's three products have FP8 operands."""
         self.fp8 = QuantisedWeight(scaling)
-        self.quantized_once = self.fp8.once
+        self.quantized_once = self.fp8.once  # where `weights_changed` finds it
 
     def _fp8_product(self, fp8: QuantisedWeight, x: Tensor, segments: tuple[Segments | None, ...] | None) -> Tensor:
         """`[..., kept inputs]` -> `[..., kept outputs]` with the slice's own copy of the weight."""

@@ -1,13 +1,12 @@
 """The elastic MLP layer: neurons and hidden channels narrowed."""
 
-from megatron.core import tensor_parallel
 from megatron.core.ssm.mlp_layer import MLPLayer
 from megatron.core.transformer.mlp import MLP
 from torch import Tensor
 
 from megatron_elastic.family import LayerPlan
 from megatron_elastic.layers.moe_role import MoeRole
-from megatron_elastic.layers.recompute import residual_branch
+from megatron_elastic.layers.recompute import checkpointed, residual_branch
 from megatron_elastic.masks import Masks
 
 
@@ -72,7 +71,11 @@ class ElasticMLPLayer(MLPLayer):
             mask = None if masks is None else masks.axes["ffn"]
             if not self.recompute_mlp or not self.training:
                 return self.mlp(x, mask=mask, plan=plan)
-            return tensor_parallel.checkpoint(lambda x, mask: self.mlp(x, mask=mask, plan=plan), False, x, mask)
+
+            def run(x: Tensor, mask: Tensor | None) -> Tensor:
+                return self.mlp(x, mask=mask, plan=plan)
+
+            return checkpointed(run, x, mask, config=self.config, layer_number=self.layer_number)
 
         return residual_branch(
             hidden_states,

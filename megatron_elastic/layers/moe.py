@@ -4,8 +4,9 @@ Routed experts run on core's dispatchers, one after the other or as one grouped 
 cut report a gradient all the same, as data parallelism with overlap asks of every weight.
 """
 
+from typing import Any
+
 import torch
-from megatron.core import tensor_parallel
 from megatron.core.ssm.mlp_layer import MLPLayer
 from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.moe.moe_layer import MoELayer
@@ -18,7 +19,7 @@ from megatron_elastic.family import LayerPlan
 from megatron_elastic.layers.linear import kept_weight
 from megatron_elastic.layers.mlp import activations
 from megatron_elastic.layers.moe_role import MoeRole
-from megatron_elastic.layers.recompute import residual_branch
+from megatron_elastic.layers.recompute import checkpointed, residual_branch
 from megatron_elastic.masks import Masks
 from megatron_elastic.ops.grouped_linear import grouped_linear
 from megatron_elastic.ops.unused import unused
@@ -28,7 +29,10 @@ SHARED_FC1, SHARED_FC2 = "mlp.shared_experts.linear_fc1.weight", "mlp.shared_exp
 
 
 _OfWeight = tuple[Segments | None, ...] | None
-_OfExpert = tuple[_OfWeight, _OfWeight]
+OfExpert = tuple[_OfWeight, _OfWeight]
+"""Kept segments of an expert's two weights."""
+KeptWeight = tuple[torch.nn.Module, Tensor, tuple[Segments | None, ...]]
+"""A linear, what is kept of its weight, and the segments of that."""
 
 
 class ElasticExperts(SequentialMLP):
@@ -36,6 +40,11 @@ class ElasticExperts(SequentialMLP):
 
     In FP8 always one after the other: every expert's tokens and weight have a scale of their own.
     """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        """Takes what core's experts take."""
+        super().__init__(*args, **kwargs)
+        self.grouped: bool = self.config.moe_grouped_gemm
 
     def forward(  # type: ignore[override]
         self,
@@ -58,7 +67,7 @@ class ElasticExperts(SequentialMLP):
         """
         counts = tokens_per_expert.tolist()
         segments = [_segments_of_expert(plan, number) for number in range(len(counts))]
-        if self.config.moe_grouped_gemm and self.local_experts[0].linear_fc1.fp8 is None:
+        if self.grouped and self.local_experts[0].linear_fc1.fp8 is None:
             return self._grouped(tokens, counts, probs, mask, segments), None
         outputs = []
         groups = zip(self.local_experts, tokens.split(counts), probs.split(counts), segments, strict=True)
@@ -69,24 +78,38 @@ class ElasticExperts(SequentialMLP):
         return torch.cat(outputs), None
 
     def _grouped(
-        self, tokens: Tensor, counts: list[int], probs: Tensor, mask: Tensor | None, segments: list[_OfExpert]
+        self, tokens: Tensor, counts: list[int], probs: Tensor, mask: Tensor | None, segments: list[OfExpert]
     ) -> Tensor:
         """All experts that are kept, in two products."""
         first, second, left, cut = [], [], [], []
         for expert, count, (fc1, fc2) in zip(self.local_experts, counts, segments, strict=True):
+            # Both here, and every expert: what starts a gather of weights runs in the order of the layout.
             weights = kept_weight(expert.linear_fc1, fc1), kept_weight(expert.linear_fc2, fc2)
             if weights[0].numel():
-                first.append(weights[0])
-                second.append(weights[1])
+                first.append((expert.linear_fc1, weights[0], fc1 or ()))
+                second.append((expert.linear_fc2, weights[1], fc2 or ()))
                 left.append(count)
             else:
                 cut += [expert.linear_fc1.weight, expert.linear_fc2.weight]
-        neurons = grouped_linear(tokens, torch.stack(first), left)
-        out = grouped_linear(activations(self.local_experts[0], neurons, mask, probs), torch.stack(second), left)
+        out = self.products(tokens, left, probs, mask, first, second)
         return unused(out, *cut) if torch.is_grad_enabled() else out
 
+    def products(
+        self,
+        tokens: Tensor,
+        counts: list[int],
+        probs: Tensor,
+        mask: Tensor | None,
+        first: list[KeptWeight],
+        second: list[KeptWeight],
+    ) -> Tensor:
+        """The experts that are kept: tokens `[tokens, kept hidden]`, `counts` of each, through both their weights."""
+        neurons = grouped_linear(tokens, torch.stack([packed for _, packed, _ in first]), counts)
+        active = activations(self.local_experts[0], neurons, mask, probs)
+        return grouped_linear(active, torch.stack([packed for _, packed, _ in second]), counts)
 
-def _segments_of_expert(plan: LayerPlan | None, number: int) -> _OfExpert:
+
+def _segments_of_expert(plan: LayerPlan | None, number: int) -> OfExpert:
     """Kept rows and columns of one expert's two weights: no neuron where the expert itself is cut."""
     if plan is None:
         return None, None
@@ -164,8 +187,7 @@ class ElasticMoE(MoELayer):
         arguments = hidden_states, of.get("experts"), of.get("expert_ffn"), of.get("shared_expert_ffn")
         if not self.moe_layer_recompute or not self.training:
             return run(*arguments)
-        recomputed: Tensor = tensor_parallel.checkpoint(run, False, *arguments)
-        return recomputed
+        return checkpointed(run, *arguments, config=self.config, layer_number=self.layer_number)
 
     def _shared(self, x: Tensor, mask: Tensor | None, plan: LayerPlan | None) -> Tensor:
         def run(x: Tensor, mask: Tensor | None) -> Tensor:
@@ -174,8 +196,7 @@ class ElasticMoE(MoELayer):
 
         if not self.shared_experts_recompute or not self.training:
             return run(x, mask)
-        recomputed: Tensor = tensor_parallel.checkpoint(run, False, x, mask)
-        return recomputed
+        return checkpointed(run, x, mask, config=self.config, layer_number=self.layer_number)
 
 
 class ElasticMoELayer(MLPLayer):

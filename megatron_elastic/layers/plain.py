@@ -7,7 +7,7 @@ names are those of core's layers with separate norms. Linear layers are core's t
 import contextlib
 import copy
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -23,6 +23,7 @@ from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubm
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
@@ -289,23 +290,41 @@ class LocalHybridStack(HybridStack):
             self.final_norm = LocalRMSNorm(config, config.hidden_size, config.layernorm_epsilon)
 
 
-def mamba_layer_spec() -> ModuleSpec:
-    """Core's Mamba layer (`M`) on local modules."""
+@dataclass(frozen=True)
+class PlainParts:
+    """The classes that a plain layer is made of.
+
+    Attributes:
+        column, row: linears.
+        attention: from scores on.
+        experts: the routed experts of a rank; whatever they run on, they own local linears.
+    """
+
+    column: Any = ElasticColumnParallelLinear
+    row: Any = ElasticRowParallelLinear
+    attention: Any = LocalCoreAttention
+    experts: Any = SequentialMLP
+
+
+LOCAL_PARTS = PlainParts()
+
+
+def mamba_layer_spec(parts: PlainParts = LOCAL_PARTS) -> ModuleSpec:
+    """Core's Mamba layer (`M`) on these parts."""
     return ModuleSpec(
         module=MambaLayer,
         submodules=MambaLayerSubmodules(
             norm=LocalRMSNorm,
             mixer=ModuleSpec(
-                module=LocalMambaMixer,
-                submodules=MambaMixerSubmodules(in_proj=ElasticColumnParallelLinear, out_proj=ElasticRowParallelLinear),
+                module=LocalMambaMixer, submodules=MambaMixerSubmodules(in_proj=parts.column, out_proj=parts.row)
             ),
             mamba_bda=get_bias_dropout_add,
         ),
     )
 
 
-def attention_layer_spec() -> ModuleSpec:
-    """Core's causal attention layer (`*`) on local modules."""
+def attention_layer_spec(parts: PlainParts = LOCAL_PARTS) -> ModuleSpec:
+    """Core's causal attention layer (`*`) on these parts."""
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
@@ -314,9 +333,7 @@ def attention_layer_spec() -> ModuleSpec:
                 module=SelfAttention,
                 params={"attn_mask_type": AttnMaskType.causal},
                 submodules=SelfAttentionSubmodules(
-                    linear_qkv=ElasticColumnParallelLinear,
-                    core_attention=LocalCoreAttention,
-                    linear_proj=ElasticRowParallelLinear,
+                    linear_qkv=parts.column, core_attention=parts.attention, linear_proj=parts.row
                 ),
             ),
             self_attn_bda=get_bias_dropout_add,
@@ -324,33 +341,32 @@ def attention_layer_spec() -> ModuleSpec:
     )
 
 
-def mlp_layer_spec() -> ModuleSpec:
-    """Core's MLP layer (`-`) on local modules."""
+def mlp_layer_spec(parts: PlainParts = LOCAL_PARTS) -> ModuleSpec:
+    """Core's MLP layer (`-`) on these parts."""
+    linears = MLPSubmodules(linear_fc1=parts.column, linear_fc2=parts.row)
     return ModuleSpec(
         module=MLPLayer,
         submodules=TransformerLayerSubmodules(
             pre_mlp_layernorm=LocalRMSNorm,
-            mlp=partial(
-                MLP.as_mlp_submodule,
-                submodules=MLPSubmodules(linear_fc1=ElasticColumnParallelLinear, linear_fc2=ElasticRowParallelLinear),
-            ),
+            mlp=partial(MLP.as_mlp_submodule, submodules=linears),
             mlp_bda=get_bias_dropout_add,
         ),
     )
 
 
-plain_stack_spec = ModuleSpec(
-    module=LocalHybridStack,
-    submodules=HybridStackSubmodules(
-        mamba_layer=mamba_layer_spec(),
-        attention_layer=attention_layer_spec(),
-        mlp_layer=mlp_layer_spec(),
-        moe_layer=moe_layer_spec(LocalRMSNorm),
-    ),
-)
-"""The whole stack. An object, not a function: `--spec` takes the attribute as it is."""
+def plain_stack(parts: PlainParts, precision: Precision | None = None) -> ModuleSpec:
+    """The whole stack on these parts; `precision` is the FP8 of local linears."""
+    return ModuleSpec(
+        module=LocalHybridStack,
+        params={"precision": precision},
+        submodules=HybridStackSubmodules(
+            mamba_layer=mamba_layer_spec(parts),
+            attention_layer=attention_layer_spec(parts),
+            mlp_layer=mlp_layer_spec(parts),
+            moe_layer=moe_layer_spec(LocalRMSNorm, parts.column, parts.row, parts.experts),
+        ),
+    )
 
 
-def plain_stack(precision: Precision | None) -> ModuleSpec:
-    """The whole stack with the FP8 of its linear layers."""
-    return replace(plain_stack_spec, params={"precision": precision})
+plain_stack_spec = plain_stack(LOCAL_PARTS)
+"""The whole stack on the local backend. An object, not a function: `--spec` takes the attribute as it is."""

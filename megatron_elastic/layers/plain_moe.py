@@ -14,11 +14,17 @@ from megatron.core.transformer.transformer_layer import MoETransformerLayer, Tra
 from megatron_elastic.layers.linear import ElasticColumnParallelLinear, ElasticRowParallelLinear
 
 
-def moe_layer_spec(norm: Any) -> ModuleSpec:
-    """Core's MoE layer (`E`) on local modules with the given norm, its experts one after the other."""
-    linears = MLPSubmodules(linear_fc1=ElasticColumnParallelLinear, linear_fc2=ElasticRowParallelLinear)
+def moe_layer_spec(
+    norm: Any,
+    column: Any = ElasticColumnParallelLinear,
+    row: Any = ElasticRowParallelLinear,
+    experts: Any = SequentialMLP,
+) -> ModuleSpec:
+    """Core's MoE layer (`E`) on these classes: of a norm, of the shared expert's linears, and of the routed experts."""
+    local = MLPSubmodules(linear_fc1=ElasticColumnParallelLinear, linear_fc2=ElasticRowParallelLinear)
+    shared = MLPSubmodules(linear_fc1=column, linear_fc2=row)
     submodules = MoESubmodules(
-        experts=partial(SequentialMLP, submodules=linears), shared_experts=partial(SharedExpertMLP, submodules=linears)
+        experts=partial(experts, submodules=local), shared_experts=partial(SharedExpertMLP, submodules=shared)
     )
     return ModuleSpec(
         module=MoETransformerLayer,

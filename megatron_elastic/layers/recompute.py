@@ -1,14 +1,49 @@
-"""A residual branch behind its norm, whose output may be dropped after use and computed again in the backward."""
+"""A residual branch behind its norm, and what is dropped after use and computed again in the backward."""
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from megatron.core import tensor_parallel
+from megatron.core.fp8_utils import get_fp8_context
+from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_elastic.axes import Segments
 from megatron_elastic.masks import Masks
+
+
+def layer_precision(config: TransformerConfig, layer_number: int) -> AbstractContextManager[Any]:
+    """Core's FP8 context of one layer: none in bf16, and none where `first-last-layers-bf16` leaves the layer in bf16.
+
+    Args:
+        config: of the model.
+        layer_number: in the whole model, from 1.
+    """
+    context: AbstractContextManager[Any] = get_fp8_context(config, layer_number - 1)
+    return context
+
+
+def checkpointed(
+    run: Callable[..., Tensor], *arguments: Tensor | None, config: TransformerConfig, layer_number: int
+) -> Tensor:
+    """`run(*arguments)`, computed again in the backward in the layer's precision.
+
+    The backward runs outside of the stack's loop, and so outside of the layer's FP8 context.
+
+    Args:
+        run: reads its arguments alone, but for parameters.
+        arguments: tensors, or None.
+        config, layer_number: as of `layer_precision`.
+    """
+
+    def again(*arguments: Tensor | None) -> Tensor:
+        with layer_precision(config, layer_number):
+            return run(*arguments)
+
+    out: Tensor = tensor_parallel.checkpoint(again, False, *arguments)
+    return out
 
 
 def normed(

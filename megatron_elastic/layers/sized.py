@@ -15,7 +15,6 @@ from megatron.core.transformer.transformer_layer import MoETransformerLayer, Tra
 
 from megatron_elastic.layers.plain import LocalHybridStack, plain_stack_spec
 from megatron_elastic.layout import ModelShape
-from megatron_elastic.precision import Precision
 
 CONFIG_FIELDS = {
     "ffn": "ffn_hidden_size",
@@ -62,12 +61,12 @@ class SizedMoELayer(_Sized, MoETransformerLayer):
     """Core's MoE layer at its own size."""
 
 
-def sized_stack_spec(shape: ModelShape, precision: Precision | None = None) -> ModuleSpec:
-    """The plain stack for a shape whose layers differ, with the FP8 of its linear layers."""
-    layers, own = plain_stack_spec.submodules, {"shape": shape}
+def sized_stack_spec(shape: ModelShape, plain: ModuleSpec = plain_stack_spec) -> ModuleSpec:
+    """A plain stack for a shape whose layers differ."""
+    layers, own = plain.submodules, {"shape": shape}
     return ModuleSpec(
         module=LocalHybridStack,
-        params={"precision": precision},
+        params=plain.params,
         submodules=replace(
             layers,
             mamba_layer=ModuleSpec(module=SizedMambaLayer, params=own, submodules=layers.mamba_layer.submodules),

@@ -18,6 +18,7 @@ from megatron_elastic.family import Family, LayerPlan, SlicePlan, SlicePlans
 from megatron_elastic.layers.moe_role import MoeRole
 from megatron_elastic.layers.norm import ElasticRMSNorm
 from megatron_elastic.layers.plain import LocalHybridStack
+from megatron_elastic.layers.recompute import layer_precision
 from megatron_elastic.masks import MaskTables
 from megatron_elastic.ops.unused import unused
 
@@ -118,7 +119,9 @@ class ElasticStack(LocalHybridStack):
                 x = _skip(layer, own, x)
                 continue
             masks = self.mask_tables.of_layer(mixed, position) if mixed else None
-            x = layer(x, masks=masks, plan=own, rotary_pos_emb=rotary, documents=documents, moe=moe)
+            # In here, and so in a recompute's replay too.
+            with layer_precision(self.config, layer.layer_number):
+                x = layer(x, masks=masks, plan=own, rotary_pos_emb=rotary, documents=documents, moe=moe)
         return x
 
     def _layers(

@@ -94,7 +94,7 @@ def _block_amax(values: Tensor, block: tuple[int, int]) -> Tensor:
     rows, columns = values.shape
     up, left = -rows % block[0], -columns % block[1]
     padded = torch.nn.functional.pad(values.abs(), (0, left, 0, up))
-    return padded.unflatten(1, (-1, block[1])).unflatten(0, (-1, block[0])).amax(dim=(1, 3))
+    return padded.view((rows + up) // block[0], block[0], (columns + left) // block[1], block[1]).amax(dim=(1, 3))
 
 
 def _spread(of_block: Tensor, block: tuple[int, int], shape: torch.Size) -> Tensor:

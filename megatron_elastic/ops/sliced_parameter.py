@@ -1,6 +1,6 @@
 """A contiguous slice of a parameter whose gradient goes straight into the parent's gradient buffer."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from itertools import product
@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.utils.weak import TensorWeakRef
 
 Segments = tuple[tuple[int, int], ...]
 """Half-open ranges kept along one tensor dimension, ascending."""
@@ -32,8 +33,48 @@ def sliced_parameter(weight: Tensor, *segments: Segments | None) -> Tensor:
     Raises:
         ValueError: more segments than dimensions, or ranges that are not ascending inside the dimension.
     """
-    packed: Tensor = _Slice.apply(weight, _ranges(weight, segments))  # type: ignore[no-untyped-call]
+    exact = ExactGradient()
+    packed: Tensor = _Slice.apply(weight, _ranges(weight, segments), exact)  # type: ignore[no-untyped-call]
+    packed.exact_gradient = exact  # type: ignore[attr-defined]
     return packed
+
+
+class _Packed(NamedTuple):
+    """A packed tensor that is saved for a backward, without its values.
+
+    Attributes:
+        number: which of the slices it is.
+        size, stride, offset: of what was saved, in the slice.
+    """
+
+    number: int
+    size: torch.Size
+    stride: tuple[int, ...]
+    offset: int
+
+
+class ExactGradient:
+    """Carries a packed weight's gradient past autograd, which would round it to the weight's dtype.
+
+    For a packed weight that is used once: autograd adds up what several uses bring, and this does not.
+
+    Attributes:
+        value: `[kept_0, kept_1, ...]`, in place of the gradient that autograd brings; None leaves that one.
+    """
+
+    def __init__(self) -> None:
+        """Start without one."""
+        self.value: Tensor | None = None
+
+    @staticmethod
+    def of(packed: Tensor) -> "ExactGradient | None":
+        """Where the gradient of what `sliced_parameter` returned may be put; None for any other tensor."""
+        return getattr(packed, "exact_gradient", None)
+
+    def take(self, carried: Tensor) -> Tensor:
+        """The gradient, once: the exact one where there is one."""
+        found, self.value = carried if self.value is None else self.value, None
+        return found
 
 
 @contextmanager
@@ -47,19 +88,42 @@ def packed_again(packed: Tensor, weight: Tensor, *segments: Segments | None) -> 
         packed: what `sliced_parameter` made of the other arguments.
         weight, segments: as there.
     """
-    copy = packed.untyped_storage().data_ptr()
-    if copy == weight.untyped_storage().data_ptr():
+    with all_packed_again([(packed, weight, segments)]):
+        yield
+
+
+@contextmanager
+def all_packed_again(slices: Sequence[tuple[Tensor, Tensor, tuple[Segments | None, ...]]]) -> Iterator[None]:
+    """`packed_again` for several: `(packed, weight, segments)` each."""
+    # By address: what a function saves of a packed tensor is often a view of it.
+    copies = {
+        packed.untyped_storage().data_ptr(): number
+        for number, (packed, weight, _) in enumerate(slices)
+        if packed.numel() and packed.untyped_storage().data_ptr() != weight.untyped_storage().data_ptr()
+    }
+    if not copies:
         yield
         return
-    ranges = _ranges(weight, segments)
+    sources = [(weight, _ranges(weight, segments)) for _, weight, segments in slices]
+    again: dict[int, TensorWeakRef] = {}
 
-    def keep(saved: Tensor) -> Tensor | tuple[torch.Size, tuple[int, ...], int]:
-        if saved.untyped_storage().data_ptr() != copy:
+    def keep(saved: Tensor) -> Tensor | _Packed:
+        number = copies.get(saved.untyped_storage().data_ptr())
+        if number is None:
             return saved
-        return saved.size(), saved.stride(), int(saved.storage_offset())
+        return _Packed(number, saved.size(), saved.stride(), int(saved.storage_offset()))
 
-    def find(kept: Tensor | tuple[torch.Size, tuple[int, ...], int]) -> Tensor:
-        return kept if isinstance(kept, Tensor) else _pack(weight.detach(), ranges).as_strided(*kept)
+    def find(kept: Tensor | _Packed) -> Tensor:
+        if isinstance(kept, Tensor):
+            return kept
+        # A function that saved one slice twice gets one copy twice.
+        found = again[kept.number]() if kept.number in again else None
+        if found is None:
+            weight, ranges = sources[kept.number]
+            found = _pack(weight.detach(), ranges)
+        view = found.as_strided(kept.size, kept.stride, kept.offset)
+        again[kept.number] = TensorWeakRef(view)
+        return view
 
     with torch.autograd.graph.saved_tensors_hooks(keep, find):
         yield
@@ -190,25 +254,25 @@ def _pack(weight: Tensor, ranges: tuple[tuple[_Run, ...], ...]) -> Tensor:
 
 class _Slice(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, ranges: tuple[tuple[_Run, ...], ...]) -> Tensor:
+    def forward(ctx: Any, weight: Tensor, ranges: tuple[tuple[_Run, ...], ...], exact: ExactGradient) -> Tensor:
         # Kept as an attribute: its values are not needed, but its `main_grad` is.
-        ctx.weight, ctx.ranges = weight, ranges
+        ctx.weight, ctx.ranges, ctx.exact = weight, ranges, exact
         packed = _pack(weight, ranges)
         return packed.view_as(packed) if packed is weight else packed
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        weight, ranges = ctx.weight, ctx.ranges
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        weight, ranges, grad = ctx.weight, ctx.ranges, ctx.exact.take(grad)
         main_grad = getattr(weight, "main_grad", None)
         if main_grad is None:
             if grad.shape == weight.shape:
-                return grad, None
+                return grad.to(weight.dtype), None, None
             full = torch.zeros_like(weight)
             for whole, part in _blocks(full, grad, ranges):
                 whole.copy_(part)
-            return full, None
+            return full, None, None
         for whole, part in _blocks(main_grad, grad, ranges):
             whole.add_(part)
         weight.grad_added_to_main_grad = True
-        return dummy_gradient(weight), None
+        return dummy_gradient(weight), None, None

@@ -15,10 +15,9 @@ from torch import Tensor
 from megatron_elastic.axes import Dimension
 from megatron_elastic.budget import Budget, Selection
 from megatron_elastic.family import Family
-from megatron_elastic.layers.plain import plain_stack_spec
-from megatron_elastic.layers.sized import sized_stack_spec
 from megatron_elastic.layout import LAYER, Layout, ModelShape, layer_number
 from megatron_elastic.model import ElasticHybridModel, ElasticModelBuilder, ElasticModelConfig
+from megatron_elastic.specs import plain_spec
 from tests.distributed.groups import make_groups
 
 PATTERN = "M-*M-*-"
@@ -171,6 +170,7 @@ def elastic_model(
     teacher_jitter: float = 0.05,
     family: Family = FAMILY,
     positions: str = "none",
+    backend: str = "local",
     **other: Any,
 ) -> ElasticHybridModel:
     """The family's model on this rank with a frozen teacher that differs a little (equal ones would hide faults)."""
@@ -181,6 +181,7 @@ def elastic_model(
         seq_length=64,
         position_embedding_type=positions,
         family=family,
+        backend=backend,
     )
     builder = ElasticModelBuilder(settings)
     groups = ProcessGroupCollection.use_mpu_process_groups()
@@ -202,12 +203,17 @@ def keep_fp64(model: torch.nn.Module, dtype: torch.dtype) -> None:
 
 
 def stock_model(
-    shape: ModelShape, *, dtype: torch.dtype = torch.float64, positions: str = "none", **other: Any
+    shape: ModelShape,
+    *,
+    dtype: torch.dtype = torch.float64,
+    positions: str = "none",
+    backend: str = "local",
+    **other: Any,
 ) -> HybridModel:
     """Core's own `HybridModel` of a shape, with core's layers, each at its own size where they differ."""
     model = HybridModel(
         config=config(shape, dtype=dtype, **other),
-        hybrid_stack_spec=plain_stack_spec if shape.uniform else sized_stack_spec(shape),
+        hybrid_stack_spec=plain_spec(backend, shape),
         vocab_size=shape.vocab,
         max_sequence_length=64,
         hybrid_layer_pattern=split_pattern(shape.pattern),

@@ -6,12 +6,14 @@ from collections.abc import Callable
 from typing import Any
 
 import elastic_kit as kit
+import fake_engine
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 from torch import Tensor
 
+from megatron_elastic.backend import LOCAL, TRANSFORMER_ENGINE
 from megatron_elastic.budget import Selection
 from megatron_elastic.cost_model import parameters
 from megatron_elastic.layers import norm as norm_layers
@@ -85,13 +87,17 @@ def fused(model: Any, **how: Any) -> Outcome:
 
 
 def extracted(
-    selection: Selection, teacher_logits: Tensor, weights: dict[str, Tensor] | None = None, positions: str = "none"
+    selection: Selection,
+    teacher_logits: Tensor,
+    weights: dict[str, Tensor] | None = None,
+    positions: str = "none",
+    **other: Any,
 ) -> Outcome:
     """A stock model of the submodel's shape with the kept weights; gradients in their place in the parent's."""
     shape = selection.submodel(kit.SHAPE)
     small = kit.SubmodelLayout(shape, 8)
     weights = kit.full_weights(LAYOUT) if weights is None else weights
-    model = kit.stock_model(shape, positions=positions)
+    model = kit.stock_model(shape, positions=positions, **other)
     share = parallel_state.get_tensor_model_parallel_world_size()
     if share == 1:  # equality 4: the formula is the built object's size
         assert sum(p.numel() for p in model.parameters()) == parameters(
@@ -365,9 +371,30 @@ def orders() -> dict[str, float]:
     }
 
 
+def engine() -> dict[str, float]:
+    """Transformer Engine's backend (its stand-in) as the local one on two tensor-parallel ranks, with and without SP.
+
+    Gradients of replicated weights are compared as each rank has them, before core sums them over ranks.
+    """
+    kit.layout_of_ranks(2)
+    found: dict[str, float] = {}
+    selection = chosen_selections()["varied"]
+    with fake_engine.installed() as state:
+        for name, other in {"tp2": {}, "tp2_sp": {"sequence_parallel": True}}.items():
+            models = [kit.elastic_model(backend=each, **other) for each in (TRANSFORMER_ENGINE, LOCAL)]
+            target = teacher_logits_of(models[1])
+            for path, how in {"sliced": {"selection": selection}, "masked": soft(selection)}.items():
+                ours, local = (outcome(model, LAYOUT, target, **how) for model in models)
+                found[f"{name}/{path}"] = distance(ours, local)
+            found[f"{name}/differs"] = distance(outcome(models[0], LAYOUT, target, selection=kit.FAMILY.full), ours)
+        found["calls"] = float(len(state.calls))
+    return found
+
+
 def run_all() -> dict[str, dict[str, float]]:
     """Case -> errors; the worst over ranks."""
     results = {"tp1": equalities(1), "tp2": equalities(2), "faults": faults(), "rope": rotary(), "orders": orders()}
+    results["engine"] = engine()
     everyone: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, results)
     return {case: {k: max(one[case][k] for one in everyone) for k in errors} for case, errors in results.items()}

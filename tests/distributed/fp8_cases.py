@@ -22,7 +22,7 @@ from torch import Tensor
 from megatron_elastic.budget import Budget, Selection
 from megatron_elastic.family import Family
 from megatron_elastic.layers import fp8_weight
-from megatron_elastic.layers.plain import plain_stack
+from megatron_elastic.layers.plain import LOCAL_PARTS, plain_stack
 from megatron_elastic.layers.quantized_once import weights_changed
 from megatron_elastic.layout import Layout, ModelShape
 from megatron_elastic.masks import one_hot
@@ -96,7 +96,7 @@ def stock(precision: Precision | None, shape: ModelShape) -> Any:
     """Core's `HybridModel` of a shape, with core's layers."""
     model = HybridModel(
         config=moe_kit.config(shape, **SETTINGS),
-        hybrid_stack_spec=plain_stack(precision),
+        hybrid_stack_spec=plain_stack(LOCAL_PARTS, precision),
         vocab_size=shape.vocab,
         max_sequence_length=64,
         hybrid_layer_pattern=shape.pattern,

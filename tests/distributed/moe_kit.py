@@ -19,10 +19,9 @@ from megatron_elastic.axes import Dimension
 from megatron_elastic.budget import Budget
 from megatron_elastic.checkpoint import expert_of
 from megatron_elastic.family import Family
-from megatron_elastic.layers.plain import plain_stack_spec
-from megatron_elastic.layers.sized import sized_stack_spec
 from megatron_elastic.layout import Layout, ModelShape, Size
 from megatron_elastic.model import ElasticHybridModel, ElasticModelBuilder, ElasticModelConfig
+from megatron_elastic.specs import plain_spec
 from tests.distributed.groups import make_groups
 
 EXPERT_BLOCKS = 2
@@ -124,11 +123,11 @@ def config(of: ModelShape, **other: Any) -> TransformerConfig:
     )
 
 
-def stock_model(of: ModelShape, **other: Any) -> HybridModel:
+def stock_model(of: ModelShape, backend: str = "local", **other: Any) -> HybridModel:
     """Core's own `HybridModel` of a shape, with core's layers, each at its own size where they differ."""
     model = HybridModel(
         config=config(of, **other),
-        hybrid_stack_spec=plain_stack_spec if of.uniform else sized_stack_spec(of),
+        hybrid_stack_spec=plain_spec(backend, of),
         vocab_size=of.vocab,
         max_sequence_length=64,
         hybrid_layer_pattern=of.pattern,
@@ -138,7 +137,7 @@ def stock_model(of: ModelShape, **other: Any) -> HybridModel:
     return model.double()
 
 
-def elastic_model(of: Family, **other: Any) -> ElasticHybridModel:
+def elastic_model(of: Family, backend: str = "local", **other: Any) -> ElasticHybridModel:
     """The family's model on this rank."""
     settings = ElasticModelConfig(
         transformer=config(of.shape, **other),
@@ -147,6 +146,7 @@ def elastic_model(of: Family, **other: Any) -> ElasticHybridModel:
         seq_length=64,
         position_embedding_type="none",
         family=of,
+        backend=backend,
     )
     model = ElasticModelBuilder(settings).build_plain(ProcessGroupCollection.use_mpu_process_groups())
     return model.double()

@@ -68,3 +68,11 @@ def test_rotary_positions(errors: dict[str, dict[str, float]]) -> None:
     # Core keeps the rotary table in fp32, and both paths read the same one.
     assert errors["rope"]["extracted_sliced"] < TOLERANCE
     assert errors["rope"]["without_positions"] > 1e-2
+
+
+@pytest.mark.parametrize("layout", ["tp2", "tp2_sp"])
+def test_engine_is_the_local_backend_on_several_ranks(errors: dict[str, dict[str, float]], layout: str) -> None:
+    assert errors["engine"][f"{layout}/sliced"] < TOLERANCE
+    assert errors["engine"][f"{layout}/masked"] < TOLERANCE
+    assert errors["engine"][f"{layout}/differs"] > 1e-2
+    assert errors["engine"]["calls"] > 0

@@ -92,6 +92,17 @@ REFUSED_AND_ALLOWED: dict[str, tuple[Any, Any]] = {
     "moe-enable-deepep": (True, None),
     "overlap-moe-expert-parallel-comm": (True, None),
     "overlap-dispatch-backward-with-experts-wgrad": (True, None),
+    "transformer-impl": ("inference_optimized", "transformer_engine"),
+    "use-transformer-engine-op-fuser": (True, None),
+    "fused-residual-rmsnorm": (True, None),
+    "symmetric-ar-type": ("one_shot", None),
+    "batch-invariant-mode": (True, None),
+    "window-size": ("128,0", None),
+    "softmax-type": ("learnable", "vanilla"),
+    "qk-clip": (True, None),
+    "log-max-attention-logit": (True, None),
+    "fine-grained-activation-offloading": (True, None),
+    "cpu-offloading-num-layers": (2, 0),
 }
 OWNED = [row.flag for row in REFUSALS if row.reason.startswith("set by the elastic section")]
 
