@@ -23,8 +23,17 @@ from megatron_elastic.flags import flag_faults, model_shape
 from megatron_elastic.layout import ModelShape
 from megatron_elastic.parallel import Ranks, interleaving_faults, length_fault, ranks_of
 from megatron_elastic.planning import nearest
+from megatron_elastic.precision import (
+    QUANTISED,
+    TEACHER_PRECISIONS,
+    UNQUANTISED,
+    Precision,
+    precision_of,
+    skipped_end_fault,
+)
 from megatron_elastic.recipe_family import parse_family, parse_selections
 from megatron_elastic.router import RouterConfig
+from megatron_elastic.tiles import tile_faults, tile_of, token_faults
 
 __all__ = [
     "Calibration",
@@ -51,6 +60,7 @@ class Recipe:
         router: its hyperparameters, None where selections are given.
         parent: checkpoint of the (sorted) parent.
         teacher: checkpoint of the frozen teacher, of the parent's shapes and vocabulary; the parent's own by default.
+        teacher_precision: `bf16` or `fp8`: whether the frozen teacher's linear layers are quantised as the students'.
         budget_mode: `joint` (every budget on every batch) or `sampled` (one budget drawn for every microbatch).
         save: where the family is saved.
         train_data, validation_data: data prefixes.
@@ -72,10 +82,16 @@ class Recipe:
     temperature: float
     loss: DistillationLoss
     budget_mode: str
+    teacher_precision: str
     save_interval: int
     evaluation: Evaluation
     calibration: Calibration
     source: str = "recipe"
+
+    @property
+    def precision(self) -> Precision | None:
+        """FP8 of the students, or None."""
+        return precision_of(self.megatron)
 
     @property
     def roles(self) -> int:
@@ -127,7 +143,7 @@ class Recipe:
 KNOWN_KEYS = (
     *("parent", "save", "train_data", "validation_data", "ffn_blocks", "axes", "budgets", "selections", "router"),
     *("stages", "temperature", "loss", "save_interval", "evaluation", "calibration", "teacher", "budget_mode"),
-    *("heterogeneous", "depth_ranking", "expert_blocks", "deployment", "latency_table"),
+    *("heterogeneous", "depth_ranking", "expert_blocks", "deployment", "latency_table", "teacher_precision"),
 )
 BUDGET_MODES = ("joint", "sampled")
 REQUIRED_KEYS = ("parent", "save", "train_data", "validation_data", "axes", "budgets", "stages")
@@ -193,6 +209,12 @@ def _pretrain(
         faults.extend(f"pretrain.megatron: {fault}" for fault in split)
     if fault := length_fault(run.sequence_length, ranks):
         faults.append(f"pretrain.{fault}")
+    tile = tile_of(merged)
+    if tile is not None and shape is not None:
+        full = tile_faults(shape, shape.orders(1), shape.choices, ranks, tile)
+        faults.extend(f"pretrain.megatron: {axis}: FP8 refuses {what}" for axis, what in full)
+        split_tokens = bool(merged.get("sequence-parallel"))
+        faults.extend(token_faults({"pretrain": run.stage}, ranks, split=split_tokens, tile=tile))
     step = run.micro_batch_size * max(1, (world_size or ranks.copy) // ranks.copy)
     if step and run.global_batch_size % step:
         faults.append(
@@ -215,10 +237,19 @@ def _single(elastic: Mapping[str, Any], faults: list[str]) -> dict[str, Any]:
     mode = elastic.get("budget_mode", "joint")
     if mode not in BUDGET_MODES:
         faults.append(f"elastic.budget_mode: {mode!r} must be one of {list(BUDGET_MODES)}")
+    of_teacher = elastic.get("teacher_precision", UNQUANTISED)
+    if of_teacher not in TEACHER_PRECISIONS:
+        faults.append(f"elastic.teacher_precision: {of_teacher!r} must be one of {list(TEACHER_PRECISIONS)}")
     interval = elastic.get("save_interval", 1000)
     if not isinstance(interval, int) or isinstance(interval, bool) or interval < 1:
         faults.append(f"elastic.save_interval: {interval!r} must be a whole number, at least 1")
-    return {**found, "temperature": temperature, "save_interval": interval, "budget_mode": mode}
+    return {
+        **found,
+        "temperature": temperature,
+        "save_interval": interval,
+        "budget_mode": mode,
+        "teacher_precision": of_teacher,
+    }
 
 
 def _reachable(family: Family, tolerance: float, faults: list[str]) -> None:
@@ -293,14 +324,24 @@ def parse_recipe(raw: Any, *, world_size: int | None = None, source: str = "reci
     roles = {"training": 2 if elastic.get("budget_mode") == "sampled" else judged, "evaluation": judged}
     interleaving_faults(megatron, stages, roles, max(1, (world_size or ranks.copy) // ranks.copy), faults)
     router = _router(elastic, stages if len(faults) == before else None, faults)
-    family = None if shape is None else parse_family(elastic, shape, ranks, faults)
+    tile = tile_of(megatron)
+    if tile is not None:
+        named_stages = {f"elastic.stages[{number}]": stage for number, stage in enumerate(stages)}
+        faults.extend(token_faults(named_stages, ranks, split=bool(megatron.get("sequence-parallel")), tile=tile))
+    family = None if shape is None else parse_family(elastic, shape, ranks, faults, tile)
     selections: tuple[Selection, ...] = ()
     if family is not None and "selections" in elastic:
         selections = parse_selections(elastic["selections"], family, faults)
     elif family is not None:
         _reachable(family, router.tolerance if router else 0.02, faults)
+    if family is not None and not faults:
+        skipped = {*family.ever_skipped, *(number for selection in selections for number in selection.skipped)}
+        fault = skipped_end_fault(precision_of(megatron), skipped, len(family.shape.pattern))
+        faults.extend([] if fault is None else [f"elastic.axes.depth: {fault}"])
     pretrain = None if raw.get("pretrain") is None else _pretrain(raw["pretrain"], megatron, shape, world_size, faults)
     single = _single(elastic, faults)
+    if single["teacher_precision"] == QUANTISED and not megatron.get("fp8-format"):
+        faults.append("elastic.teacher_precision: 'fp8' is the students' FP8: give megatron.fp8-format and fp8-recipe")
     evaluation = section(Evaluation, elastic.get("evaluation", {}), "elastic.evaluation", faults)
     calibration = section(Calibration, elastic.get("calibration", {}), "elastic.calibration", faults)
     loss = section(DistillationLoss, elastic.get("loss", {}), "elastic.loss", faults)

@@ -95,6 +95,11 @@ class Family:
         """The layers that a choice of `depth` skips, ascending."""
         return tuple(sorted(self.depth_ranking[: len(self.shape.pattern) - depth]))
 
+    @property
+    def ever_skipped(self) -> tuple[int, ...]:
+        """The layers that the smallest choice of `depth` skips."""
+        return self.skipped(min(self.choices["depth"]))
+
     def select(self, sizes: Mapping[str, int | tuple[int, ...]]) -> Selection:
         """The selection of a choice on every axis; one for `depth` skips the least important layers."""
         kept = {axis: size for axis, size in sizes.items() if axis != "depth"}

@@ -8,6 +8,7 @@ from typing import Any
 from megatron_elastic.backend import BACKENDS
 from megatron_elastic.backend import FLAG as BACKEND_FLAG
 from megatron_elastic.layout import ModelShape
+from megatron_elastic.precision import precision_faults
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,29 @@ _OWNED_FLAGS = (
     *("skip-train", "spec"),
 )
 
+_PRECISION = (
+    Refusal(
+        "fp8-param-gather",
+        _given,
+        "a slice of an FP8 parameter would keep the full parameter's scale; no test covers one of its own",
+    ),
+    Refusal(
+        "fp8-recipe",
+        lambda value: value in ("delayed", "custom"),
+        "delayed scaling keeps one history of magnitudes a layer, which all budgets would write, and a custom recipe "
+        "may: use tensorwise or blockwise",
+    ),
+    Refusal("fp8-quantizer-factory", _given, "it is a custom recipe's: use fp8-recipe tensorwise or blockwise"),
+    Refusal("fp8-output-proj", _given, "the LM head's product is inside the KD loss, and is not quantised"),
+    Refusal("no-fp8-wgrad", _given, "core hands it to delayed scaling alone"),
+    Refusal("disable-fp8-wgrad", _given, "core hands it to delayed scaling alone"),
+    Refusal("te-precision-config-file", _given, "no elastic layer reads it: first-last-layers-bf16 is carried"),
+    Refusal("moe-router-padding-for-quantization", _given, "the elastic router does not pad: experts pad their tokens"),
+    Refusal("moe-router-padding-for-fp8", _given, "the elastic router does not pad: experts pad their tokens"),
+    Refusal("fp4-format", _given, "FP4 needs Blackwell, and no test covers a slice of it: use fp8-format"),
+    Refusal("fp4-param-gather", _given, "FP4 needs Blackwell, and no test covers a slice of it: use fp8-format"),
+)
+
 REFUSALS: tuple[Refusal, ...] = (
     # What the joint step relies on.
     Refusal("calculate-per-token-loss", _missing, "required: without it core divides by the teacher's microbatch too"),
@@ -79,9 +103,10 @@ REFUSALS: tuple[Refusal, ...] = (
     ),
     Refusal("rampup-batch-size", _given, "a batch that is no multiple of the roles' groups breaks them"),
     Refusal("full-validation", _given, "its last batch is no multiple of the roles' groups"),
-    Refusal("tp-comm-overlap", _given, "its user buffers have the full layer's shape, slices do not"),
-    Refusal("fp8-param-gather", _given, "a slice of an FP8 parameter would keep the full parameter's scale"),
-    Refusal("fp8-format", _given, "the local backend's linears have no FP8: use bf16"),
+    Refusal(
+        "tp-comm-overlap", _given, "its user buffers have the full layer's shape, slices do not; no test covers them"
+    ),
+    *_PRECISION,
     Refusal("fp16", _given, "loss scaling would scale the router's gradients: use bf16"),
     Refusal("defer-embedding-wgrad-compute", _given, "the LM head's gradient is made inside the KD loss"),
     Refusal("delay-wgrad-compute", _given, "sliced gradients are added in the backward of the slice"),
@@ -250,7 +275,7 @@ def flag_faults(flags: Mapping[str, Any]) -> list[str]:
         for flag in flags
         if "_" in str(flag) or str(flag).startswith("-")
     )
-    return faults
+    return faults + precision_faults(flags)
 
 
 def padded_vocabulary(flags: Mapping[str, Any]) -> int:

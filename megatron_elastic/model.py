@@ -1,5 +1,6 @@
 """The elastic hybrid model, and its registration with Megatron's hybrid model builder."""
 
+import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
@@ -23,6 +24,7 @@ from megatron_elastic.layers.linear import ElasticLMHead, TeacherTarget
 from megatron_elastic.layers.moe_role import MoeRole
 from megatron_elastic.layers.packing import documents_of_any
 from megatron_elastic.metadata import ROUTER_PREFIX, Metadata
+from megatron_elastic.precision import Precision
 from megatron_elastic.router import RouterTrainer
 from megatron_elastic.specs import elastic_stack_spec
 
@@ -289,6 +291,7 @@ class ElasticModelConfig(HybridModelConfig):
     Attributes:
         family: what is elastic.
         backend: of its layers, one of `backend.BACKENDS`.
+        precision: FP8 of the local backend's linear layers; Transformer Engine reads Megatron's own config.
         on_build: called with each model chunk and its virtual stage before it is wrapped (loads weights, adds a
             teacher).
     """
@@ -296,6 +299,7 @@ class ElasticModelConfig(HybridModelConfig):
     builder: ClassVar[str] = "megatron_elastic.model.ElasticModelBuilder"
     family: Family | None = None
     backend: str = LOCAL
+    precision: Precision | None = None
     on_build: (
         Callable[["ElasticModelBuilder", ElasticHybridModel, ProcessGroupCollection, int | None], None] | None
     ) = None
@@ -310,13 +314,21 @@ class ElasticModelBuilder(HybridModelBuilder):
         pre_process: bool | None = None,
         post_process: bool | None = None,
         vp_stage: int | None = None,
+        *,
+        quantised: bool = True,
     ) -> ElasticHybridModel:
-        """One model chunk with initial weights, and nothing attached."""
+        """One model chunk with initial weights, and nothing attached; without the run's FP8 where not `quantised`."""
         settings = self._model_config
         assert settings.family is not None
+        config = settings.transformer
+        if not quantised:
+            config = copy.copy(config)
+            config.fp8 = None
         return ElasticHybridModel(
-            config=settings.transformer,
-            hybrid_stack_spec=elastic_stack_spec(settings.family, settings.backend),
+            config=config,
+            hybrid_stack_spec=elastic_stack_spec(
+                settings.family, settings.backend, settings.precision if quantised else None
+            ),
             vocab_size=settings.family.shape.vocab,
             max_sequence_length=settings.seq_length,
             hybrid_layer_pattern=settings.hybrid_layer_pattern,

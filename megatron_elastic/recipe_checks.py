@@ -1,10 +1,9 @@
-"""What a checked recipe would do on GPUs: FP8 tiles, expert-parallel layout, memory of each GPU, steps and tokens."""
+"""What a checked recipe would do on GPUs: FP8, expert-parallel layout, memory of each GPU, steps and tokens."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from itertools import product
 from math import prod
 from typing import Any
 
@@ -18,9 +17,7 @@ from megatron_elastic.layout import BUFFERS, ModelShape, layer_number
 from megatron_elastic.ops.divergence import tensors_alive
 from megatron_elastic.ops.fused_head import default_chunk_tokens
 from megatron_elastic.parallel import Ranks, ranks_of
-
-FP8_TILES = {"delayed": 16, "tensorwise": 16, "mxfp8": 32, "blockwise": 128}
-"""What the rows and columns of a GEMM must be multiples of, by Megatron's `fp8-recipe`."""
+from megatron_elastic.tiles import BLOCKS, TILES, tile_faults
 
 GPU_BYTES = 80 * 2**30
 """An H100's."""
@@ -28,36 +25,21 @@ RESERVED = 6 * 2**30
 """Allowed for the CUDA context, NCCL's buffers, kernels' workspaces and the allocator's gaps; not measured."""
 
 
-def _widths(recipe: Recipe, ranks: Ranks) -> Iterator[tuple[str, Mapping[str, int], int]]:
-    """Every width of a GEMM on one rank, at every choice: its name, the choices, the width."""
-    shape, choices = recipe.family.shape, recipe.family.choices
-    for hidden in choices["hidden"]:
-        yield "hidden", {"hidden": hidden}, hidden
-    for axis, world in (("ffn", ranks.tp), ("shared_expert_ffn", ranks.tp), ("expert_ffn", ranks.etp)):
-        for size in choices.get(axis, ()):
-            yield axis.replace("_", " "), {axis: size}, size // world
-    for heads in choices.get("attention_heads", ()):
-        rows = (heads + 2 * shape.query_groups) * shape.head_dim
-        yield "attention's queries, keys and values", {"attention_heads": heads}, rows // ranks.tp
-        yield "attention's output", {"attention_heads": heads}, heads * shape.head_dim // ranks.tp
-    for heads, channels in product(choices.get("mamba_heads", ()), choices.get("mamba_head_dim", ())):
-        inner, states = heads * channels, 2 * shape.mamba_groups * shape.mamba_state
-        kept = {"mamba_heads": heads, "mamba_head_dim": channels}
-        yield "Mamba's input projection (z, x, B, C, dt)", kept, (2 * inner + states + heads) // ranks.tp
-        yield "Mamba's output projection", kept, inner // ranks.tp
-
-
-def tile_faults(recipe: Recipe, ranks: Ranks, tile: int) -> list[str]:
-    """The GEMMs whose width on a rank is no multiple of `tile` at some choice; one sentence a GEMM."""
-    found: dict[str, list[str]] = {}
-    for name, kept, width in _widths(recipe, ranks):
-        if width % tile:
-            sizes = " x ".join(f"{axis} {size}" for axis, size in kept.items())
-            found.setdefault(name, []).append(f"{width} at {sizes}")
-    return [
-        f"{name}: {len(widths)} width(s) of a rank are no multiple of {tile}, the first {widths[0]}"
-        for name, widths in found.items()
-    ]
+def fp8_warnings(recipe: Recipe, ranks: Ranks) -> list[str]:
+    """What FP8 would not take (a recipe that asks for it has none of that), or takes with the blocks of one layout."""
+    flags, family = recipe.megatron, recipe.family
+    given = family.shape, family.orders, family.choices, ranks
+    if not flags.get("fp8-format"):
+        return [f"FP8 would refuse {axis}: {what}" for axis, what in tile_faults(*given, TILES["tensorwise"])]
+    found = []
+    if flags.get("fp8-recipe") == "blockwise":
+        found = [
+            f"{axis}: a rank's last blocks of FP8 are smaller, and another tensor-parallel size has others: {what}"
+            for axis, what in tile_faults(*given, BLOCKS)
+        ]
+    if flags.get("transformer-impl") == "local":
+        found.append("FP8 on the local backend is a reference in torch: it saves neither time nor memory")
+    return found
 
 
 def layout_faults(recipe: Recipe, ranks: Ranks, gpus: int) -> list[str]:
@@ -254,24 +236,18 @@ def run_facts(recipe: Recipe, gpus: int | None = None) -> dict[str, Any]:
         `run`, `stages`, `memory_per_gpu` (bytes, with their `total`) and `warnings`, for JSON.
 
     Raises:
-        RecipeError: the layout does not fit the GPUs, or FP8 is asked for and a width does not fit its tiles.
+        RecipeError: the layout does not fit the GPUs.
     """
-    flags, ranks = recipe.megatron, ranks_of(recipe.megatron, [])
+    ranks = ranks_of(recipe.megatron, [])
     pp = ranks.copy // (ranks.tp * ranks.cp)
     if gpus is None:
         gpus = ranks.copy
         while "E" in recipe.family.shape.pattern and gpus % (pp * ranks.ep * ranks.etp):
             gpus += ranks.copy
     faults, warnings = layout_faults(recipe, ranks, gpus), list[str]()
-    scaling = str(flags.get("fp8-recipe", "delayed"))
-    if flags.get("fp8-format"):
-        faults += [f"fp8 ({scaling}): {fault}" for fault in tile_faults(recipe, ranks, FP8_TILES.get(scaling, 16))]
-    else:
-        for tile, what in ((16, "FP8 GEMMs"), (128, "FP8 blockwise scaling")):
-            found = tile_faults(recipe, ranks, tile)
-            warnings += [f"{what} would not take {fault}" for fault in found]
     if faults:
         raise RecipeError(faults, recipe.source)
+    warnings += fp8_warnings(recipe, ranks)
     memory = gpu_memory(recipe, ranks, gpus)
     if memory["total"] > GPU_BYTES:
         warnings.append(

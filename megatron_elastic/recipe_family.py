@@ -14,6 +14,7 @@ from megatron_elastic.family import Family
 from megatron_elastic.latency import LatencyTable
 from megatron_elastic.layout import Layout, ModelShape
 from megatron_elastic.parallel import Ranks
+from megatron_elastic.tiles import tile_faults
 
 
 def _positive(elastic: Mapping[str, Any], key: str, default: int, faults: list[str]) -> int | None:
@@ -188,9 +189,17 @@ def _places(elastic: Mapping[str, Any], faults: list[str]) -> dict[str, Any]:
 
 
 def parse_family(
-    elastic: Mapping[str, Any], shape: ModelShape, ranks: Ranks, faults: list[str]
+    elastic: Mapping[str, Any], shape: ModelShape, ranks: Ranks, faults: list[str], tile: int | None = None
 ) -> Family | None:
-    """The family of a recipe; what is wrong is added to `faults`, and None returned."""
+    """The family of a recipe; what is wrong is added to `faults`, and None returned.
+
+    Args:
+        elastic: the recipe's section.
+        shape: the parent.
+        ranks: the layout.
+        faults: what is wrong is added here.
+        tile: what widths on a rank must be multiples of; None for any.
+    """
     before = len(faults)
     raw = elastic.get("axes")
     if not isinstance(raw, Mapping):
@@ -203,7 +212,11 @@ def parse_family(
     expert_blocks = _positive(elastic, "expert_blocks", 8 if "E" in shape.pattern else 1, faults)
     if ffn_blocks is None or expert_blocks is None:
         return None
-    choices = _choices(raw, shape, Layout(shape, ffn_blocks, expert_blocks), ranks, faults)
+    layout = Layout(shape, ffn_blocks, expert_blocks)
+    choices = _choices(raw, shape, layout, ranks, faults)
+    if tile is not None and len(choices) == len(shape.choices):
+        unfit = tile_faults(shape, layout.orders, choices, ranks, tile)
+        faults.extend(f"elastic.axes.{axis}: FP8 refuses {what}" for axis, what in unfit)
     different = _heterogeneous(elastic.get("heterogeneous", []), shape, faults)
     ranking: tuple[int, ...] = ()
     if "depth_ranking" in elastic:

@@ -110,6 +110,9 @@ def stage_flags(
     }
     if tracked(save):
         made["load"] = save
+    if made[FLAG] == LOCAL:
+        # Core leaves FP8 to Transformer Engine, and refuses experts in it without. The local stack quantises by itself.
+        made["fp8-format"] = None
     return made
 
 

@@ -31,6 +31,7 @@ from megatron_elastic.layers.te_attention import TECoreAttention, TEElasticSelfA
 from megatron_elastic.layers.te_experts import TEElasticExperts
 from megatron_elastic.layers.te_linear import TEElasticColumnParallelLinear, TEElasticRowParallelLinear
 from megatron_elastic.layout import ModelShape
+from megatron_elastic.precision import Precision
 
 
 @dataclass(frozen=True)
@@ -61,23 +62,27 @@ ENGINE_PARTS = PlainParts(
 """A plain layer's linears are elastic ones that are never sliced: what a slice is compared with runs the same way."""
 
 
-def plain_spec(backend: str, shape: ModelShape | None = None) -> ModuleSpec:
+def plain_spec(
+    backend: str, shape: ModelShape | None = None, precision: Precision | None = None
+) -> ModuleSpec:
     """The spec of a plain stack.
 
     Args:
         backend: one of `backend.BACKENDS`.
         shape: of a model whose layers may differ; None where they do not.
+        precision: FP8 of the local backend; Transformer Engine's is in Megatron's config.
     """
-    plain = plain_stack(ENGINE_PARTS if backend == TRANSFORMER_ENGINE else LOCAL_PARTS)
+    plain = plain_stack(*((ENGINE_PARTS,) if backend == TRANSFORMER_ENGINE else (LOCAL_PARTS, precision)))
     return plain if shape is None or shape.uniform else sized_stack_spec(shape, plain)
 
 
-def elastic_stack_spec(family: Family, backend: str) -> ModuleSpec:
+def elastic_stack_spec(family: Family, backend: str, precision: Precision | None = None) -> ModuleSpec:
     """The spec of an elastic stack for one family: elastic layers of every kind.
 
     Args:
         family: what is narrowed.
         backend: one of `backend.BACKENDS`.
+        precision: FP8 of the local backend; Transformer Engine's is in Megatron's config.
     """
     parts = ENGINE_ELASTIC if backend == TRANSFORMER_ENGINE else LOCAL_ELASTIC
     mamba = ModuleSpec(
@@ -126,4 +131,4 @@ def elastic_stack_spec(family: Family, backend: str) -> ModuleSpec:
         ),
     )
     layers = HybridStackSubmodules(mamba_layer=mamba, attention_layer=attention, mlp_layer=mlp, moe_layer=moe)
-    return ModuleSpec(module=ElasticStack, params={"family": family}, submodules=layers)
+    return ModuleSpec(module=ElasticStack, params={"family": family, "precision": precision}, submodules=layers)

@@ -40,6 +40,7 @@ RUN_FLAGS = (
     "wandb-project",
     "fp16",
     "bf16",
+    *("fp8-format", "fp8-recipe", "first-last-layers-bf16"),
 )
 """Flags about training and precision: set here, or without meaning outside training."""
 

@@ -19,6 +19,7 @@ from megatron.training.argument_utils import hybrid_config_from_args, pretrain_c
 from megatron.training.arguments import parse_and_validate_args
 from megatron.training.models.hybrid import HybridModelConfig
 
+from megatron_elastic.backend import LOCAL
 from megatron_elastic.batch import rank_batch
 from megatron_elastic.checkpoint import find_checkpoint, fused_norms, save_faults_are_told
 from megatron_elastic.config import Recipe, Stage
@@ -33,6 +34,7 @@ from megatron_elastic.metrics import StepLog
 from megatron_elastic.model import ElasticHybridModel, ElasticModelBuilder, ElasticModelConfig, FamilyState
 from megatron_elastic.parallel import ranks_of
 from megatron_elastic.parents import with_ranked_layers
+from megatron_elastic.precision import QUANTISED, precision_of
 from megatron_elastic.router import Router, RouterTrainer
 from megatron_elastic.schedule import stage_argv
 from megatron_elastic.specs import plain_spec
@@ -150,7 +152,10 @@ class _Attach:
         vp_stage: int | None,
     ) -> None:
         load_parent(model, self.recipe.parent)
-        teacher = builder.build_plain(pg_collection, model.pre_process, model.post_process, vp_stage)
+        quantised = self.recipe.teacher_precision == QUANTISED
+        teacher = builder.build_plain(
+            pg_collection, model.pre_process, model.post_process, vp_stage, quantised=quantised
+        )
         load_parent(teacher, self.recipe.teacher)
         teacher.requires_grad_(False)
         teacher.eval()
@@ -211,6 +216,7 @@ def train_stage(recipe: Recipe, number: int) -> None:
     step = JointStep(recipe, state, stage, StepLog(recipe, number, args.log_interval))
     config = hybrid_config_from_args(args, model_config_cls=ElasticModelConfig)
     config.family, config.backend = recipe.family, args.transformer_impl
+    config.precision = recipe.precision if args.transformer_impl == LOCAL else None
     config.on_build = _Attach(recipe, state, step)
     budgets = [budget.name for budget in recipe.family.budgets]
     teachers = [OF_KIND[kind] for kind in stage.teachers(budgets)]
@@ -289,7 +295,9 @@ def train_plain(
         )
     )
     config = hybrid_config_from_args(args, model_config_cls=HybridModelConfig)
-    config.hybrid_stack_spec = plain_spec(args.transformer_impl)
+    config.hybrid_stack_spec = plain_spec(
+        args.transformer_impl, precision=precision_of(flags) if args.transformer_impl == LOCAL else None
+    )
     before = sum(s.iterations * s.global_batch_size for s in stages[: number - 1])
     text = TextRun(
         train=train_data,

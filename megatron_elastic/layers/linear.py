@@ -1,4 +1,4 @@
-"""Tensor-parallel linears that can run on a slice of their weight, and the LM head with the KD loss inside it.
+"""Tensor-parallel linears that run in FP8 or on a slice of their weight, and the LM head with the KD loss inside it.
 
 A weight is read only in the forward of the module that owns it: with `overlap_param_gather` it is stale anywhere else.
 """
@@ -17,9 +17,12 @@ from torch import Tensor
 
 from megatron_elastic.axes import Segments
 from megatron_elastic.curriculum import FORWARD_KL, DistillationLoss
+from megatron_elastic.layers.fp8_weight import QuantisedWeight
 from megatron_elastic.ops.cross_entropy import cross_entropy
+from megatron_elastic.ops.fp8 import fp8_linear_ref
 from megatron_elastic.ops.kd_loss import kd_loss
 from megatron_elastic.ops.sliced_parameter import packed_again, sliced_parameter
+from megatron_elastic.precision import Scaling
 
 
 def kept_weight(linear: torch.nn.Module, segments: tuple[Segments | None, ...] | None) -> Tensor:
@@ -32,7 +35,30 @@ def kept_weight(linear: torch.nn.Module, segments: tuple[Segments | None, ...] |
     return sliced_parameter(linear.weight, *(segments or ()))  # type: ignore[arg-type]
 
 
-class ElasticColumnParallelLinear(ColumnParallelLinear):
+class _Fp8:
+    """What both kinds of linear need to run in FP8.
+
+    Attributes:
+        fp8: the quantised copies of the weight; None where the layer is not quantised.
+    """
+
+    fp8: QuantisedWeight | None = None
+    weight: Tensor
+
+    def quantise(self, scaling: Scaling) -> None:
+        """From now on the layer's three products have FP8 operands."""
+        self.fp8 = QuantisedWeight(scaling)
+        self.quantized_once = self.fp8.once  # where `weights_changed` finds it
+
+    def _fp8_product(self, fp8: QuantisedWeight, x: Tensor, segments: tuple[Segments | None, ...] | None) -> Tensor:
+        """`[..., kept inputs]` -> `[..., kept outputs]` with the slice's own copy of the weight."""
+        kept = self.weight if segments is None else sliced_parameter(self.weight, *segments)
+        if not x.numel() or not kept.numel():  # an expert without tokens, or one that the slice cuts
+            return torch.nn.functional.linear(x, kept)
+        return fp8_linear_ref(x, kept, fp8.of(kept, segments), fp8.scaling)
+
+
+class ElasticColumnParallelLinear(_Fp8, ColumnParallelLinear):
     """`ColumnParallelLinear` whose weight may be sliced on both dimensions."""
 
     def forward(
@@ -52,10 +78,19 @@ class ElasticColumnParallelLinear(ColumnParallelLinear):
         Returns:
             `[s, b, kept outputs / TP]` and None.
         """
-        if segments is None:
-            return super().forward(input_, weight, runtime_gather_output)
         # The dispatcher has gathered an expert's tokens, and sums what becomes of them.
         alone = self.explicit_expert_comm
+        if self.fp8 is not None:
+            if self.sequence_parallel and not alone:
+                # Transformer Engine quantises before it gathers, with one scale for the group: the same numbers.
+                x = gather_from_sequence_parallel_region(
+                    input_, tensor_parallel_output_grad=True, group=self.tp_group
+                )
+            else:
+                x = input_ if alone else copy_to_tensor_model_parallel_region(input_, group=self.tp_group)
+            return self._fp8_product(self.fp8, x, segments), None
+        if segments is None:
+            return super().forward(input_, weight, runtime_gather_output)
         if not (self.allreduce_dgrad or self.sequence_parallel or alone):
             input_ = copy_to_tensor_model_parallel_region(input_, group=self.tp_group)
         kept = sliced_parameter(self.weight, *segments)
@@ -74,7 +109,7 @@ class ElasticColumnParallelLinear(ColumnParallelLinear):
         return output, None
 
 
-class ElasticRowParallelLinear(RowParallelLinear):
+class ElasticRowParallelLinear(_Fp8, RowParallelLinear):
     """`RowParallelLinear` whose weight may be sliced on both dimensions."""
 
     def forward(
@@ -87,6 +122,8 @@ class ElasticRowParallelLinear(RowParallelLinear):
         Returns:
             `[s, b, kept outputs]` (`[s / TP, b, ...]` with sequence parallelism) and None.
         """
+        if self.fp8 is not None:
+            return self._joined(self._fp8_product(self.fp8, input_, segments)), None
         if segments is None:
             return super().forward(input_)
         kept = sliced_parameter(self.weight, *segments)
@@ -101,11 +138,15 @@ class ElasticRowParallelLinear(RowParallelLinear):
                 tp_group=None,
                 grad_output_buffer=None,
             )
+        return self._joined(output), None
+
+    def _joined(self, output: Tensor) -> Tensor:
+        """The sum over tensor-parallel ranks, of an expert left to the dispatcher."""
         if self.explicit_expert_comm:
-            return output, None
+            return output
         if self.sequence_parallel:
-            return reduce_scatter_to_sequence_parallel_region(output, group=self.tp_group), None
-        return reduce_from_tensor_model_parallel_region(output, group=self.tp_group), None
+            return reduce_scatter_to_sequence_parallel_region(output, group=self.tp_group)
+        return reduce_from_tensor_model_parallel_region(output, group=self.tp_group)
 
 
 @dataclass

@@ -36,7 +36,10 @@ KeptWeight = tuple[torch.nn.Module, Tensor, tuple[Segments | None, ...]]
 
 
 class ElasticExperts(SequentialMLP):
-    """The routed experts of this rank: with core's `moe_grouped_gemm` in one product, else one after the other."""
+    """The routed experts of this rank: with core's `moe_grouped_gemm` in one product, else one after the other.
+
+    In FP8 always one after the other: every expert's tokens and weight have a scale of their own.
+    """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         """Takes what core's experts take."""
@@ -64,7 +67,7 @@ class ElasticExperts(SequentialMLP):
         """
         counts = tokens_per_expert.tolist()
         segments = [_segments_of_expert(plan, number) for number in range(len(counts))]
-        if self.grouped:
+        if self.grouped and self.local_experts[0].linear_fc1.fp8 is None:
             return self._grouped(tokens, counts, probs, mask, segments), None
         outputs = []
         groups = zip(self.local_experts, tokens.split(counts), probs.split(counts), segments, strict=True)

@@ -1,7 +1,7 @@
 """The plain (not elastic) hybrid model on core's local backend: no Transformer Engine, no mamba-ssm, any device.
 
 `--spec megatron_elastic.layers.plain plain_stack_spec` gives it to Megatron's own training. Parameter and checkpoint
-names are those of core's layers with separate norms.
+names are those of core's layers with separate norms. Linear layers are core's too, until a stack quantises them.
 """
 
 import contextlib
@@ -19,7 +19,6 @@ from megatron.core.ssm.mamba_context_parallel import MambaContextParallel
 from megatron.core.ssm.mamba_layer import MambaLayer, MambaLayerSubmodules
 from megatron.core.ssm.mamba_mixer import MambaMixer, MambaMixerSubmodules
 from megatron.core.ssm.mlp_layer import MLPLayer
-from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.enums import AttnMaskType
@@ -32,12 +31,14 @@ from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group, mak
 
 from megatron_elastic.errors import ElasticError
 from megatron_elastic.layers.context_parallel import slices_of_rank, whole_sequence
+from megatron_elastic.layers.linear import ElasticColumnParallelLinear, ElasticRowParallelLinear
 from megatron_elastic.layers.packing import documents_of
 from megatron_elastic.layers.plain_moe import moe_layer_spec
 from megatron_elastic.ops.causal_conv import causal_conv1d_silu
 from megatron_elastic.ops.gated_norm import gated_rms_norm
 from megatron_elastic.ops.norm import rms_norm
 from megatron_elastic.ops.ssd import ssd
+from megatron_elastic.precision import Precision, Scaling
 
 GATED_NORM_EPSILON = 1e-5
 """Epsilon of the gated norm: a constant in core's Mamba mixer, not `layernorm_epsilon`."""
@@ -258,8 +259,15 @@ class LocalCoreAttention(DotProductAttention):
         return super().forward(query, key, value, attention_mask, *args, **kwargs)
 
 
+def quantise_linears(layer: torch.nn.Module, scaling: Scaling) -> None:
+    """The linears of a layer run in FP8 from now on; a router, a convolution and a scan are none."""
+    for module in layer.modules():
+        if isinstance(module, ElasticColumnParallelLinear | ElasticRowParallelLinear):
+            module.quantise(scaling)
+
+
 class LocalHybridStack(HybridStack):
-    """Core's `HybridStack` with a local final norm, for which core hard-codes Transformer Engine's."""
+    """Core's `HybridStack` with a local final norm and FP8, for which core hard-codes Transformer Engine's."""
 
     def __init__(
         self,
@@ -268,10 +276,15 @@ class LocalHybridStack(HybridStack):
         *,
         post_process: bool = True,
         post_layer_norm: bool = True,
+        precision: Precision | None = None,
         **kwargs: Any,
     ) -> None:
-        """Takes what `HybridStack` takes."""
+        """Takes what `HybridStack` takes, and `precision`, the FP8 of its linear layers."""
         super().__init__(config, submodules, post_process=post_process, post_layer_norm=False, **kwargs)
+        for layer in self.layers:
+            scaling = None if precision is None else precision.of_layer(layer.layer_number - 1, config.num_layers)
+            if scaling is not None:
+                quantise_linears(layer, scaling)
         self.post_layer_norm = post_layer_norm
         if post_process and post_layer_norm:
             self.final_norm = LocalRMSNorm(config, config.hidden_size, config.layernorm_epsilon)
@@ -287,8 +300,8 @@ class PlainParts:
         experts: the routed experts of a rank; whatever they run on, they own local linears.
     """
 
-    column: Any = ColumnParallelLinear
-    row: Any = RowParallelLinear
+    column: Any = ElasticColumnParallelLinear
+    row: Any = ElasticRowParallelLinear
     attention: Any = LocalCoreAttention
     experts: Any = SequentialMLP
 
@@ -341,10 +354,11 @@ def mlp_layer_spec(parts: PlainParts = LOCAL_PARTS) -> ModuleSpec:
     )
 
 
-def plain_stack(parts: PlainParts) -> ModuleSpec:
-    """The whole stack on these parts."""
+def plain_stack(parts: PlainParts, precision: Precision | None = None) -> ModuleSpec:
+    """The whole stack on these parts; `precision` is the FP8 of local linears."""
     return ModuleSpec(
         module=LocalHybridStack,
+        params={"precision": precision},
         submodules=HybridStackSubmodules(
             mamba_layer=mamba_layer_spec(parts),
             attention_layer=attention_layer_spec(parts),

@@ -66,6 +66,7 @@ def sized_stack_spec(shape: ModelShape, plain: ModuleSpec = plain_stack_spec) ->
     layers, own = plain.submodules, {"shape": shape}
     return ModuleSpec(
         module=LocalHybridStack,
+        params=plain.params,
         submodules=replace(
             layers,
             mamba_layer=ModuleSpec(module=SizedMambaLayer, params=own, submodules=layers.mamba_layer.submodules),

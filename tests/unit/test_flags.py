@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 from megatron_elastic.flags import REFUSALS, flag_faults, model_shape, padded_vocabulary, shape_flags, to_argv
@@ -24,7 +25,15 @@ REFUSED_AND_ALLOWED: dict[str, tuple[Any, Any]] = {
     "full-validation": (True, None),
     "tp-comm-overlap": (True, False),
     "fp8-param-gather": (True, None),
-    "fp8-format": ("hybrid", None),
+    "fp8-quantizer-factory": ("package.module.factory", None),
+    "fp8-output-proj": (True, False),
+    "no-fp8-wgrad": (True, False),
+    "disable-fp8-wgrad": (True, None),
+    "te-precision-config-file": ("precision.yaml", None),
+    "moe-router-padding-for-quantization": (True, False),
+    "moe-router-padding-for-fp8": (True, None),
+    "fp4-format": ("e2m1", None),
+    "fp4-param-gather": (True, None),
     "fp16": (True, False),
     "defer-embedding-wgrad-compute": (True, None),
     "delay-wgrad-compute": (True, None),
@@ -110,10 +119,10 @@ def test_the_quickstarts_flags_pass() -> None:
 def test_every_row_of_the_table_is_tested() -> None:
     rows = [row.flag for row in REFUSALS]
     assert len(rows) == len(set(rows))
-    assert set(rows) <= set(REFUSED_AND_ALLOWED) | set(OWNED), "add the new row to this test"
+    assert set(rows) <= set(REFUSED_AND_ALLOWED) | {*OWNED, "fp8-recipe"}, "add the new row to this test"
 
 
-@pytest.mark.parametrize("flag", [row.flag for row in REFUSALS if row.flag not in OWNED])
+@pytest.mark.parametrize("flag", [row.flag for row in REFUSALS if row.flag not in (*OWNED, "fp8-recipe")])
 def test_a_refused_flag_is_named_with_its_reason(flag: str) -> None:
     refused, allowed = REFUSED_AND_ALLOWED[flag]
     (fault,) = flag_faults(with_flag(flag, refused))
@@ -265,3 +274,54 @@ def test_flags_become_a_command_line() -> None:
     assert to_argv(flags) == ["--bf16", "--lr", "0.001", "--blend", "1", "a", "2", "b"]
     # What begins like a flag is joined to its own: argparse would take it for another one.
     assert to_argv({"hybrid-layer-pattern": "-M*"}) == ["--hybrid-layer-pattern=-M*"]
+
+
+def with_fp8(**flags: Any) -> dict[str, Any]:
+    return {**GOOD, "fp8-format": "hybrid", **{name.replace("_", "-"): value for name, value in flags.items()}}
+
+
+@pytest.mark.parametrize("format_", ["hybrid", "e4m3"])
+@pytest.mark.parametrize("recipe", ["tensorwise", "blockwise"])
+def test_fp8_with_scales_of_the_moment_passes(format_: str, recipe: str) -> None:
+    assert flag_faults(with_fp8(fp8_format=format_, fp8_recipe=recipe)) == []
+    ends = {"first_last_layers_bf16": True, "num_layers_at_start_in_bf16": 2, "num_layers_at_end_in_bf16": 0}
+    assert flag_faults(with_fp8(fp8_format=format_, fp8_recipe=recipe, **ends)) == []
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ({}, "megatron.fp8-recipe: required with fp8-format: core's default is delayed scaling"),
+        ({"fp8_recipe": "delayed"}, "one history of magnitudes a layer, which all budgets would write"),
+        ({"fp8_recipe": "custom"}, "'custom' is refused"),
+        ({"fp8_recipe": "rowwise"}, "'rowwise' must be one of ['tensorwise', 'blockwise']"),
+        ({"fp8_recipe": "blockwise", "fp8_format": "e5m2"}, "'e5m2' must be one of ['e4m3', 'hybrid']"),
+        ({"fp8_recipe": "blockwise", "fp8_param_gather": True}, "would keep the full parameter's scale; no test"),
+        ({"fp8_recipe": "blockwise", "tp_comm_overlap": True}, "slices do not; no test covers them"),
+        (
+            {"fp8_recipe": "blockwise", "first_last_layers_bf16": True, "num_layers_at_end_in_bf16": 11},
+            "megatron.num-layers-at-end-in-bf16: 11 must be a whole number from 0 to 10",
+        ),
+        ({"fp8_format": None, "fp8_recipe": "blockwise"}, "'blockwise' has no effect without fp8-format"),
+    ],
+)
+def test_other_fp8_is_refused_with_its_reason(flags: dict[str, Any], said: str) -> None:
+    (fault,) = flag_faults(with_fp8(**flags))
+    assert said in fault
+
+
+@pytest.mark.parametrize(
+    ("capability", "what"),
+    [(None, "this machine has no GPU"), ((9, 0), "this GPU has compute capability 9.0"), ((10, 0), "")],
+)
+def test_mxfp8_needs_blackwell(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int] | None, what: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: capability is not None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    faults = flag_faults(with_fp8(fp8_recipe="mxfp8"))
+    if what:
+        (fault,) = faults
+        assert f"'mxfp8' needs Blackwell (compute capability 10.0), and {what}: use blockwise" in fault
+    else:
+        assert faults == []
