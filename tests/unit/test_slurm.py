@@ -169,7 +169,7 @@ def test_a_requeue_that_is_not_allowed_says_what_to_do(cluster: Cluster) -> None
 @pytest.mark.parametrize("status", [130, 1])
 def test_the_warning_becomes_sigterm_for_the_tasks_and_the_job_waits_for_them(cluster: Cluster, status: int) -> None:
     """A second warning while it saves changes nothing."""
-    step = f"trap 'touch \"$HOME/saving\"; sleep 0.5; exit {status}' TERM; touch \"$HOME/started\"; "
+    step = f'trap \'touch "$HOME/saving"; sleep 0.5; exit {status}\' TERM; touch "$HOME/started"; '
     step += "while :; do sleep 0.05; done"
     process = cluster.start(SCRIPTS / "train.sbatch", *TRAIN, **JOB, STEP=step)
     home = Path(cluster.variables["HOME"])
