@@ -1,10 +1,10 @@
 """Reads docker/versions.txt: for setup.py, and for the Dockerfile, which runs it before anything is installed.
 
-    python docker/pins.py runtime|dev|gpu     the pins of a section, one a line
-    python docker/pins.py container           what the container installs of `runtime`
-    python docker/pins.py kernels             what the container builds of `gpu`
-    python docker/pins.py base                constraints: what the base image brings and nothing may replace
-    python docker/pins.py check               whether the pins of the container are what is installed; imports none of it
+python docker/pins.py runtime|dev|gpu     the pins of a section, one a line
+python docker/pins.py container           what the container installs of `runtime`
+python docker/pins.py kernels             what the container builds of `gpu`
+python docker/pins.py base                constraints: what the base image brings and nothing may replace
+python docker/pins.py check               whether the pins of the container are what is installed; imports none of it
 """
 
 import re
@@ -54,8 +54,11 @@ def lines(kind: str) -> list[str]:
 def check() -> list[str]:
     """Pins of the container that are not what is installed."""
     pins = [pin.split("==") for pin in (*lines("container"), *lines("kernels"))]
-    return [f"{name}: {installed(name)} is installed, {version} is pinned" for name, version in pins
-            if (installed(name) or "").split("+")[0] != version]
+    return [
+        f"{name}: {installed(name)} is installed, {version} is pinned"
+        for name, version in pins
+        if (installed(name) or "").split("+")[0] != version
+    ]
 
 
 if __name__ == "__main__":

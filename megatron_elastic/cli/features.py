@@ -139,9 +139,7 @@ def _gpu(machine: Machine) -> Verdict:
 def _with_gpu(check: Callable[[Machine], Verdict]) -> Callable[[Machine], Verdict]:
     def verdict(machine: Machine) -> Verdict:
         gpu, own = _gpu(machine), check(machine)
-        if gpu.works or not own.works:
-            return own
-        return Verdict(False, f"{own.why}, and {gpu.why}", gpu.remedy)
+        return own if gpu.works else Verdict(False, f"{gpu.why}; {own.why}", own.remedy)
 
     return verdict
 
