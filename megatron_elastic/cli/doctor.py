@@ -72,6 +72,7 @@ def _as_dict(
         "system": machine.system,
         "cores": machine.cores,
         "driver": machine.driver,
+        "docker": machine.docker,
         "packages": packages,
         "commands": dict(machine.commands),
         "faults": [asdict(fault) for fault in found],

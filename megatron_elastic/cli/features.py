@@ -69,7 +69,7 @@ def transformer_engine_fault(machine: Machine) -> Fault | None:
 def apex_fault(machine: Machine) -> Fault | None:
     """The registry's package of the name `apex` is another project, which Megatron takes for NVIDIA's."""
     package = machine.packages["apex"]
-    if package.version is None or package.works is not False or "apex.optimizers" not in package.error:
+    if package.version is None or machine.apex_is_nvidias:
         return None
     return Fault(
         f"apex {package.version} is not NVIDIA's but another project of that name, which Megatron takes for it",
@@ -202,6 +202,13 @@ def _commands(*names: str, remedy: str) -> Callable[[Machine], Verdict]:
     return verdict
 
 
+def _container(machine: Machine) -> Verdict:
+    if machine.docker:
+        return Verdict(True, f"docker's engine {machine.docker}")
+    there = "docker is on PATH, and no engine answers it" if "docker" in machine.commands else "docker is not on PATH"
+    return Verdict(False, there, "build docker/Dockerfile where docker runs")
+
+
 def _tests(machine: Machine) -> Verdict:
     missing = [name for name in (*TEST_TOOLS, "nvidia-modelopt") if machine.packages[name].version is None]
     if missing:
@@ -222,7 +229,7 @@ FEATURES: Mapping[str, Callable[[Machine], Verdict]] = {
     "import and export (Hugging Face)": _packages("transformers", remedy="pip install ."),
     "Weights & Biases": _packages("wandb", remedy="pip install ."),
     "SLURM jobs": _commands("srun", "sbatch", "scontrol", "scancel", remedy="submit from a cluster's login node"),
-    "container": _commands("docker", remedy="build docker/Dockerfile where docker is"),
+    "container": _container,
     "tests": _tests,
 }
 """Feature -> its check."""

@@ -1,5 +1,6 @@
 """What is installed, and what of it works: every import in a process of its own, so that a crash is only a finding."""
 
+import importlib.util
 import json
 import os
 import platform
@@ -80,6 +81,8 @@ class Machine:
         packages: by the name of the distribution.
         commands: programs on PATH, with their paths.
         driver: version of NVIDIA's driver, None where there is none.
+        docker: version of docker's engine, None where none answers.
+        apex_is_nvidias: whether what would be imported as `apex` has optimizers; True where there is none.
         python: version of the interpreter.
         system: kernel and architecture.
         cores: CPU cores that this process may use.
@@ -88,6 +91,8 @@ class Machine:
     packages: Mapping[str, Package]
     commands: Mapping[str, str]
     driver: str | None
+    docker: str | None
+    apex_is_nvidias: bool
     python: str
     system: str
     cores: int
@@ -148,6 +153,29 @@ def driver_version() -> str | None:
     return next((word for word in words if word.replace(".", "").isdecimal() and "." in word), None)
 
 
+def docker_version() -> str | None:
+    """Version of docker's engine; None where the client is missing, or none answers it."""
+    command = ["docker", "version", "--format", "{{.Server.Version}}"]
+    if shutil.which("docker") is None:
+        return None
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=10, check=False
+        )
+    except subprocess.TimeoutExpired:
+        return None
+    return done.stdout.strip() or None if done.returncode == 0 else None
+
+
+def apex_has_optimizers() -> bool:
+    """Whether `apex` is NVIDIA's, by its files: nothing of it is imported. True where there is none."""
+    spec = importlib.util.find_spec("apex")
+    if spec is None:
+        return True
+    folders = [Path(folder) for folder in spec.submodule_search_locations or ()]
+    return any((folder / "optimizers").is_dir() or (folder / "optimizers.py").is_file() for folder in folders)
+
+
 def examine(told: Callable[[str], None]) -> Machine:
     """Looks at the machine; some imports take seconds.
 
@@ -167,6 +195,8 @@ def examine(told: Callable[[str], None]) -> Machine:
         packages=packages,
         commands={name: path for name in COMMANDS if (path := shutil.which(name))},
         driver=driver_version(),
+        docker=docker_version(),
+        apex_is_nvidias=apex_has_optimizers(),
         python=platform.python_version(),
         system=f"{platform.system()} {platform.machine()}",
         cores=len(os.sched_getaffinity(0)),

@@ -136,7 +136,7 @@ def test_other_faults_of_transformer_engine(site: Site, parts: dict[str, str], s
 
 
 def test_the_namesake_of_apex_is_not_nvidias(site: Site) -> None:
-    site.add("apex", "0.9.10.dev0", {"apex/__init__.py": ""})
+    site.add("apex", "0.9.10.dev0", {"apex/__init__.py": "import pyramid\n"})
     found = site.found()
     (fault,) = found["faults"]
     assert "another project of that name" in fault["what"]
@@ -158,6 +158,11 @@ def test_a_gpu_machine_with_everything(site: Site) -> None:
         *("train on CPU ranks", "train on GPUs, local backend", "transformer_engine backend", "FP8", "Mamba kernels"),
         *("Triton kernels", "fused optimizer", "SLURM jobs"),
     }
+    (programs / "docker").write_text("#!/bin/sh\necho 28.1.1\n")
+    (programs / "docker").chmod(0o755)
+    assert site.found()["features"]["container"] == {"works": True, "why": "docker's engine 28.1.1", "remedy": ""}
+    (programs / "docker").write_text("#!/bin/sh\necho; echo cannot connect >&2; exit 1\n")
+    assert "no engine answers" in site.found()["features"]["container"]["why"]
     assert "blockwise; MXFP8 needs 10.0" in found["features"]["FP8"]["why"]
     assert found["features"]["train on GPUs, local backend"]["why"] == "8 x NVIDIA H100, NCCL 2.30.4"
     # The same packages on an older GPU, and on none.
