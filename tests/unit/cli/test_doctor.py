@@ -30,6 +30,7 @@ except ImportError:
     pass
 """
 BARE = 'raise RuntimeError("Found empty `transformer-engine` meta package installed. Install it with extensions")\n'
+CUDNN = "libcudnn.so.9: cannot open shared object file"
 FUSED = "class FusedAdam: pass\n"
 
 
@@ -119,16 +120,16 @@ def test_a_bare_transformer_engine_is_told_by_name(site: Site) -> None:
 
 
 @pytest.mark.parametrize(
-    ("parts", "said"),
+    ("error", "parts", "said"),
     [
-        ({"cu13": "2.19.0", "torch": "2.20.2"}, "the parts of transformer-engine are of different versions"),
-        ({"cu13": "2.20.2"}, "has no binding to torch"),
-        ({"cu13": "2.20.2", "torch": "2.20.2"}, "cannot be imported: RuntimeError: libcudnn.so.9"),
+        (CUDNN, {"cu13": "2.19.0", "torch": "2.20.2"}, "the parts of transformer-engine are of different versions"),
+        (CUDNN, {"cu13": "2.20.2"}, "has no binding to torch"),
+        (CUDNN, {"cu13": "2.20.2", "torch": "2.20.2"}, "cannot be imported: OSError: libcudnn.so.9"),
+        ("x.so: undefined symbol: _ZN3c10", {"cu13": "2.20.2", "torch": "2.20.2"}, "compiled against another torch"),
     ],
 )
-def test_other_faults_of_transformer_engine(site: Site, parts: dict[str, str], said: str) -> None:
-    broken = 'raise RuntimeError("libcudnn.so.9: cannot open")\n'
-    site.add("transformer-engine", "2.20.2", {"transformer_engine/__init__.py": broken})
+def test_other_faults_of_transformer_engine(site: Site, error: str, parts: dict[str, str], said: str) -> None:
+    site.add("transformer-engine", "2.20.2", {"transformer_engine/__init__.py": f"raise OSError({error!r})\n"})
     for part, version in parts.items():
         site.add(f"transformer-engine-{part}", version, {})
     (fault,) = site.found(status=1)["faults"]
@@ -165,7 +166,12 @@ def test_a_gpu_machine_with_everything(site: Site) -> None:
     assert "no engine answers" in site.found()["features"]["container"]["why"]
     assert "blockwise; MXFP8 needs 10.0" in found["features"]["FP8"]["why"]
     assert found["features"]["train on GPUs, local backend"]["why"] == "8 x NVIDIA H100, NCCL 2.30.4"
-    # The same packages on an older GPU, and on none.
+    # A kernel that was compiled for another torch; the same packages on an older GPU, and on none.
+    broken = {"causal_conv1d_cuda.py": "raise ImportError('x.so: undefined symbol: _ZN3c10')\n"}
+    site.add("causal-conv1d", "1.7.0", broken)
+    verdict = site.found()["features"]["Mamba kernels"]
+    assert verdict["why"] == "causal-conv1d 1.7.0 was compiled against another torch"
+    assert "--force-reinstall --no-deps --no-cache-dir causal-conv1d==1.7.0" in verdict["remedy"]
     site.torch(gpus=1, capability=(8, 0))
     assert "8.0: FP8 needs 8.9" in site.found()["features"]["FP8"]["why"]
     site.torch(gpus=0)
