@@ -30,7 +30,11 @@ nothing by itself: give the command again on every node. Output: logs/ beside th
 whose own options come after RECIPE, on the console.
 
 With several network interfaces say which one connects the nodes: NCCL_SOCKET_IFNAME (GPUs), GLOO_SOCKET_IFNAME (CPU ranks,
-and the checkpoints of GPU ranks). Exit status: 0 done; 1 it could not be done; 2 bad usage or a bad recipe; 130 interrupted.
+and the checkpoints of GPU ranks).
+
+SIGTERM or Ctrl-C stop it after the step it is in, with a checkpoint; the ranks get TORCH_ELASTIC_SHUTDOWN_TIMEOUT seconds for
+that (30). Exit status: 0 done; 1 it could not be done, or it was stopped and nothing new could be saved; 2 bad usage or a bad
+recipe; 130 stopped, and the same command goes on from a newer checkpoint. launch/slurm/ has SLURM's job scripts.
 TEXT
 }
 
@@ -134,7 +138,9 @@ if ((${#faults[@]})); then
 fi
 
 # A Python that has the package installed (a container) is used as it is; -I: this clone on PYTHONPATH does not count.
-if ! python -I -c 'import importlib.util, sys; sys.exit(not importlib.util.find_spec("megatron_elastic"))' 2>/dev/null; then
+# A dry run that needs no Python installs none.
+if ! { ((dry_run)) && [[ -n $ranks ]]; } \
+  && ! python -I -c 'import importlib.util, sys; sys.exit(not importlib.util.find_spec("megatron_elastic"))' 2>/dev/null; then
   # shellcheck source=launch/environment.sh
   source "$(dirname -- "${BASH_SOURCE[0]}")/environment.sh"
 fi
@@ -142,13 +148,11 @@ if [[ -z $ranks ]]; then
   ranks="$(python -c 'import torch; print(torch.cuda.device_count() or 1)')"
 fi
 
-# One hardware queue, so that kernels start in the order in which they were issued: Megatron's overlap of tensor-parallel
-# communication with GEMMs relies on it.
+# One hardware queue, so that kernels start in the order in which they were issued: Megatron demands it for tensor and
+# context parallelism on GPUs before Blackwell.
 export CUDA_DEVICE_MAX_CONNECTIONS="${CUDA_DEVICE_MAX_CONNECTIONS:-1}"
 # Ranks share the cores; without it each takes a thread a core.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
-# A rank whose peer does not answer within the timeout ends, instead of waiting on the GPU for ever.
-export TORCH_NCCL_ASYNC_ERROR_HANDLING="${TORCH_NCCL_ASYNC_ERROR_HANDLING:-1}"
 
 launcher=(
   python -m torch.distributed.run

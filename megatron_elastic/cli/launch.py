@@ -20,8 +20,8 @@ from megatron_elastic.wandb_run import offline_without_account
 PACKAGE_PARENT = Path(__file__).resolve().parents[2]
 TAIL = 25
 """Lines of a failed child's output that are shown."""
-GRACE = 40.0
-"""Seconds that a launcher gets to end its ranks: torchrun itself gives them 30."""
+SHUTDOWN = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"
+"""Variable that says how many seconds torchrun gives its ranks to end (30 without it; torch 2.13 reads it)."""
 
 _ERROR = re.compile(r"megatron-elastic: error: (.*)")
 _DROPPED_FIELDS = (
@@ -118,7 +118,8 @@ def _stop(processes: Sequence[subprocess.Popen[str]]) -> None:
     for process in processes:
         if process.poll() is None:
             process.terminate()
-    deadline = time.monotonic() + GRACE
+    # What torchrun gives its ranks, and 10 s for itself.
+    deadline = time.monotonic() + float(os.environ.get(SHUTDOWN, "30")) + 10
     for process in processes:
         try:
             process.wait(max(0.1, deadline - time.monotonic()))

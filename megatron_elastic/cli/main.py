@@ -13,7 +13,7 @@ from megatron_elastic.errors import ElasticError, RecipeError
 
 COMMANDS = (
     *("plan", "corpus", "pretrain", "import", "rank", "sort", "train", "extract", "evaluate", "export"),
-    *("report", "quickstart"),
+    *("report", "quickstart", "doctor"),
 )
 """Subcommands, in the order in which they are used."""
 

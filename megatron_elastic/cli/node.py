@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from megatron_elastic.cli import contact, launch, options
 from megatron_elastic.errors import ElasticError
+from megatron_elastic.signals import terminated_as_interrupt
 
 
 class Part(NamedTuple):
@@ -71,12 +72,21 @@ def run(arguments: argparse.Namespace) -> int:
 
     Raises:
         RecipeError: the recipe has faults.
-        ElasticError: a stage failed, or ended before its end was saved.
+        ElasticError: a stage failed, ended before its end was saved, or was stopped before anything new was saved.
+        KeyboardInterrupt: stopped, with a newer checkpoint than at the start: what gives the command again by itself
+            (a scheduler) gets further each time.
     """
+    with terminated_as_interrupt():
+        return _run(arguments)
+
+
+def _run(arguments: argparse.Namespace) -> int:
     from megatron_elastic.cli import position
 
     first = arguments.node_rank == 0
     save, parts = _parts(arguments)
+    patience = 0.0 if first else contact.SEEN_WITHIN
+    start = position.tracked(save)
     made = 0
     for number, part in enumerate(parts):
         if position.tracked(save) >= part.end:
@@ -87,14 +97,23 @@ def run(arguments: argparse.Namespace) -> int:
         log = position.logs(save) / f"{part.log}{suffix}.log"
         port = ["--master-port", str(arguments.master_port + number)]
         rank = ["-m", "megatron_elastic", arguments.command, str(arguments.recipe)]
-        launch.run_children([[*arguments.launcher, *port, *rank]], what=part.what, log=log)
-        # Rank 0 runs on the first node: what it saved may become visible later on the others, and the next stage's
-        # number and port follow from it.
-        if not _await(save, part.end, 0 if first else contact.SEEN_WITHIN):
+        try:
+            with position.stops(save, position.tracked(save), part.end, parts[-1].end):
+                launch.run_children([[*arguments.launcher, *port, *rank]], what=part.what, log=log)
+                # Rank 0 runs on the first node: what it saved may become visible later on the others, and the next
+                # stage's number and port follow from it.
+                made += _await(save, part.end, patience)
+        except KeyboardInterrupt as stop:
+            if not _await(save, start + 1, patience):
+                raise ElasticError(
+                    f"{part.what} was stopped before anything newer than iteration {start} was saved: see {log}. "
+                    f"{launch.SHUTDOWN} (30) is how many seconds the ranks get for it"
+                ) from stop
+            raise
+        if position.tracked(save) < part.end:
             raise ElasticError(
                 f"{part.what} ended before iteration {part.end} was saved: see {log}, and run this again"
             )
-        made += 1
     if first and not made:
         print("all of it is made already: nothing to do")
     return 0

@@ -3,7 +3,12 @@
 import ast
 import importlib.metadata
 import re
+import runpy
+import shutil
+import subprocess
+import sys
 import tomllib
+from email.parser import Parser
 from pathlib import Path
 
 import pytest
@@ -12,42 +17,93 @@ import megatron_elastic
 
 ROOT = Path(__file__).resolve().parents[2]
 LINES = [line.strip() for line in (ROOT / "docker" / "versions.txt").read_text("utf-8").splitlines()]
-PINS = dict(line.split("==") for line in LINES if line and not line.startswith("#"))
+INSTALLED = [line for line in LINES if line and not line.startswith("#")]
+"""What launch/environment.sh installs: pip reads the file as it is."""
+PINS = dict(line.split("==") for line in INSTALLED)
+SECTIONS: dict[str, dict[str, str]] = runpy.run_path(str(ROOT / "docker" / "pins.py"))["read"]()
 
 
-def setup_arguments(monkeypatch: pytest.MonkeyPatch) -> dict[str, object]:
-    import setuptools
+@pytest.fixture(scope="module")
+def requirements(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """`Requires-Dist` of the metadata that pip reads, as the build backend writes it; offline."""
+    # The backend leaves its own files in the source folder: a copy.
+    folder = tmp_path_factory.mktemp("metadata")
+    source, out = folder / "source", folder / "out"
+    for name in ("docker", "megatron_elastic", "recipes"):
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("MANIFEST.in", "README.md", "pyproject.toml", "setup.py"):
+        shutil.copy(ROOT / name, source)
+    out.mkdir()
+    program = f"from setuptools.build_meta import prepare_metadata_for_build_wheel as make; make({str(out)!r})"
+    subprocess.run([sys.executable, "-c", program], cwd=source, capture_output=True, check=True, timeout=300)
+    (path,) = out.glob("*.dist-info/METADATA")
+    found = Parser().parsestr(path.read_text("utf-8"))
+    assert found["Version"] == megatron_elastic.__version__
+    return list(found.get_all("Requires-Dist", []))
 
-    caught: dict[str, object] = {}
-    monkeypatch.setattr(setuptools, "setup", lambda **arguments: caught.update(arguments))
-    source = (ROOT / "setup.py").read_text("utf-8")
-    exec(compile(source, str(ROOT / "setup.py"), "exec"), {"__file__": str(ROOT / "setup.py"), "__name__": "__main__"})
-    return caught
+
+def of_extra(requirements: list[str], extra: str | None) -> list[str]:
+    """Requirements of an extra, or those without one."""
+    parts = [requirement.partition(";") for requirement in requirements]
+    if extra is None:
+        return [name.strip() for name, _, marker in parts if not marker]
+    return [name.strip() for name, _, marker in parts if f'extra == "{extra}"' in marker]
 
 
-def test_every_pin_is_one_exact_version() -> None:
-    assert all(re.fullmatch(r"[a-z0-9-]+==[0-9]+(\.[0-9]+)+", line) for line in LINES if line and line[0] != "#")
-    assert len(PINS) == sum(bool(line) and line[0] != "#" for line in LINES)
+def faults_of_gpu_requirements(requirements: list[str]) -> list[str]:
+    """What must not be asked for by any name, with or without an extra."""
+    found = []
+    for requirement in requirements:
+        name, extras = re.match(r"([A-Za-z0-9_.-]+)\s*(?:\[([^]]*)\])?", requirement).groups()  # type: ignore[union-attr]
+        kinds = {extra.strip().replace("_", "-") for extra in (extras or "").split(",")}
+        if re.sub(r"[-_.]+", "-", name).lower() == "apex":
+            found.append(f"{requirement}: the registry's package of that name is another project")
+        if re.sub(r"[-_.]+", "-", name).lower() == "transformer-engine":
+            if not kinds & {"core-cu12", "core-cu13"}:
+                found.append(f"{requirement}: without its CUDA core")
+            if "pytorch" not in kinds:
+                found.append(f"{requirement}: without its binding to torch")
+    return found
 
 
-def test_the_package_asks_for_nothing_that_is_not_pinned(monkeypatch: pytest.MonkeyPatch) -> None:
-    arguments = setup_arguments(monkeypatch)
-    extras = arguments["extras_require"]
-    runtime = arguments["install_requires"]
-    assert isinstance(extras, dict)
-    assert isinstance(runtime, list)
-    asked = [*runtime, *extras["dev"]]
-    assert {re.split("[=<>~!]", one)[0] for one in asked} == set(PINS)
+def test_every_pin_is_one_exact_version_in_a_section() -> None:
+    assert all(re.fullmatch(r"[a-z0-9-]+==[0-9]+(\.[0-9]+)+", line) for line in INSTALLED)
+    assert list(SECTIONS) == ["runtime", "dev", "gpu"]
+    assert {**SECTIONS["runtime"], **SECTIONS["dev"]} == {line.split("==")[0]: line for line in INSTALLED}
+    assert len(PINS) == len(INSTALLED)
+    assert set(SECTIONS["gpu"]) == {"transformer-engine", "causal-conv1d", "mamba-ssm"}
+
+
+def test_the_package_asks_for_what_is_pinned(requirements: list[str]) -> None:
+    runtime = of_extra(requirements, None)
+    assert {re.split("[=<>~!]", one)[0] for one in runtime} == set(SECTIONS["runtime"])
     assert f"megatron-core=={PINS['megatron-core']}" in runtime
-    assert arguments["version"] == megatron_elastic.__version__
+    assert set(of_extra(requirements, "dev")) == set(SECTIONS["dev"].values())
+    pinned = {re.sub(r"\[.*\]", "", one) for one in of_extra(requirements, "gpu")}
+    assert pinned == set(SECTIONS["gpu"].values())
 
 
-def test_gpu_packages_are_asked_for_as_they_must_be(monkeypatch: pytest.MonkeyPatch) -> None:
-    extras = setup_arguments(monkeypatch)["extras_require"]
-    assert isinstance(extras, dict)
-    assert "transformer-engine[pytorch]" in extras["gpu"]
-    assert "transformer-engine" not in extras["gpu"]
-    assert not any(re.split(r"[\[=<>]", one)[0] == "apex" for group in extras.values() for one in group)
+def test_gpu_packages_are_asked_for_as_they_must_be(requirements: list[str]) -> None:
+    gpu = of_extra(requirements, "gpu")
+    version = SECTIONS["gpu"]["transformer-engine"].split("==")[1]
+    assert f"transformer-engine[core_cu13,pytorch]=={version}" in [one.replace("core-cu13", "core_cu13") for one in gpu]
+    assert faults_of_gpu_requirements(requirements) == []
+
+
+@pytest.mark.parametrize(
+    ("requirement", "count"),
+    [
+        ("transformer-engine==2.20.2; extra == 'gpu'", 2),
+        ("transformer_engine", 2),
+        ("transformer-engine[pytorch]", 1),
+        ("Transformer.Engine[core_cu13]", 1),
+        ("transformer-engine[pytorch, core-cu12]>=2", 0),
+        ("apex", 1),
+        ("Apex>=0.1; extra == 'dev'", 1),
+    ],
+)
+def test_a_bare_requirement_shows(requirement: str, count: int) -> None:
+    assert len(faults_of_gpu_requirements([requirement])) == count
 
 
 def test_the_engines_training_extra_is_covered() -> None:
