@@ -1,11 +1,10 @@
-"""Every op on CUDA, forward and gradients, against its reference in fp64 on the same inputs.
+"""Every op, forward and gradients, against its reference in fp64 on the same inputs.
 
-These tests have not run on a GPU yet. Their tolerances are what the same comparison gives on a CPU, with room.
+Not run on a GPU yet. The tolerances are what the same comparison gives on a CPU, with room.
 """
 
 from collections.abc import Callable, Sequence
 
-import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -23,11 +22,6 @@ from megatron_elastic.ops.ssd import ssd, ssd_ref
 # twice where a gradient is rounded on its way.
 TOLERANCES = {torch.float32: 2e-5, torch.bfloat16: 1e-2}
 Op = Callable[..., Tensor]
-
-
-@pytest.fixture
-def device() -> torch.device:
-    return torch.device("cuda")
 
 
 def normal(*shape: int, device: torch.device, seed: int) -> Tensor:
@@ -62,7 +56,7 @@ def compare_in(dtype: torch.dtype, op: Op, reference: Op, inputs: Sequence[Tenso
 
 
 def test_ssd(device: torch.device) -> None:
-    """The chunked scan and its own backward against the recurrence. Has not run on a GPU yet."""
+    """The chunked scan and its own backward against the recurrence."""
     b, length, h, p, g, n = 2, 96, 8, 16, 2, 16
     x, B, C = (normal(b, length, *s, device=device, seed=i) for i, s in enumerate([(h, p), (g, n), (g, n)]))
     dt = F.softplus(normal(b, length, h, device=device, seed=5) - 1)
@@ -71,14 +65,14 @@ def test_ssd(device: torch.device) -> None:
 
 
 def test_causal_conv(device: torch.device) -> None:
-    """The shifted products against `conv1d`. Has not run on a GPU yet."""
+    """The shifted products against `conv1d`."""
     shapes = [(2, 64, 48), (48, 1, 4), (48,)]
     inputs = [normal(*s, device=device, seed=i) for i, s in enumerate(shapes)]
     compare(causal_conv1d_silu, causal_conv1d_silu_ref, inputs)
 
 
 def test_norms(device: torch.device) -> None:
-    """Both norms with a soft mask, its gradient included. Has not run on a GPU yet."""
+    """Both norms with a soft mask, its gradient included."""
     x, z = (normal(8, 2, 64, device=device, seed=i) for i in range(2))
     weight, mask = (torch.sigmoid(normal(64, device=device, seed=i)) + 0.5 for i in (2, 3))
     width = mask.sum()
@@ -95,14 +89,14 @@ def test_norms(device: torch.device) -> None:
 
 
 def test_attention(device: torch.device) -> None:
-    """Torch's fused attention with grouped heads. Has not run on a GPU yet."""
+    """Torch's fused attention with grouped heads."""
     inputs = [normal(64, 2, heads, 32, device=device, seed=seed) for seed, heads in enumerate((8, 2, 2))]
     # The fused kernels round the probabilities too.
     compare(lambda *t: causal_attention(*t, 0.2), lambda *t: causal_attention_ref(*t, 0.2), inputs, 3e-2)
 
 
 def test_kd_loss(device: torch.device) -> None:
-    """The KD loss fused with the LM head, in chunks. Has not run on a GPU yet."""
+    """The KD loss fused with the LM head, in chunks."""
     hidden, head, teacher, teacher_head = (
         normal(*s, device=device, seed=i) * 0.3 for i, s in enumerate([(32, 2, 32), (257, 32), (32, 2, 48), (257, 48)])
     )
@@ -118,7 +112,7 @@ def test_kd_loss(device: torch.device) -> None:
 
 
 def test_sliced_parameter(device: torch.device) -> None:
-    """A slice and its gradient in `main_grad`, exactly. Has not run on a GPU yet."""
+    """A slice and its gradient in `main_grad`, exactly."""
     segments = ((0, 8), (32, 40)), ((4, 20),)
     for dtype in TOLERANCES:
         weight = normal(64, 48, device=device, seed=1).to(dtype).requires_grad_()
