@@ -69,6 +69,10 @@ class FromAdaptedProcess(pytest.Item):
         elif how != "passed":
             pytest.fail(text, pytrace=False)
 
+    def reportinfo(self) -> tuple[Path, None, str]:
+        """Where the test is, and what it is called."""
+        return self.path, None, self.name
+
 
 def run_adapted(names: list[str]) -> Outcomes:
     """The outcomes of tests in one process with the CPU adaptation."""
