@@ -3,6 +3,9 @@
 Import it where triton is installed.
 """
 
+# Kernels are Triton's language, not Python's.
+# mypy: disable-error-code="no-untyped-def, untyped-decorator"
+
 from typing import Any
 
 import torch
@@ -29,8 +32,8 @@ class _GatedNorm(torch.autograd.Function):
     ) -> Tensor:
         values, gates, size = rows(y), rows(z), y.size(-1) // groups
         out = torch.empty(y.shape, dtype=y.dtype, device=y.device)
-        if values.count:
-            _forward[(values.count, groups)](
+        if values.number:
+            _forward[(values.number, groups)](
                 values.values, gates.values, weight, mask, out, size, *values.place, *gates.place, eps,
                 mask is not None, **block(size),
             )  # fmt: skip
@@ -43,12 +46,12 @@ class _GatedNorm(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         y, z, weight, mask = ctx.saved_tensors
         values, gates, given, size = rows(y), rows(z), rows(grad), y.size(-1) // ctx.groups
-        programs = min(values.count, PROGRAMS)
+        programs = min(values.number, PROGRAMS)
         dy, dz = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (y, z))
         dweight, dmask = (partial_sums(programs, ctx.groups, size, like=y) for _ in range(2))
         if programs:
             _backward[(programs, ctx.groups)](
-                given.values, values.values, gates.values, weight, mask, dy, dz, dweight, dmask, values.count, size,
+                given.values, values.values, gates.values, weight, mask, dy, dz, dweight, dmask, values.number, size,
                 *given.place, *values.place, *gates.place, ctx.eps, mask is not None, **block(size),
             )  # fmt: skip
         of_mask = None if mask is None else dmask.sum(0).flatten().to(mask.dtype)
@@ -56,7 +59,7 @@ class _GatedNorm(torch.autograd.Function):
 
 
 @triton.jit
-def _kept(mask, group, size, HAS_MASK: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+def _kept(mask, group, size, HAS_MASK: tl.constexpr, BLOCK: tl.constexpr):
     """A group's mask, and the sum of it that divides its mean square."""
     columns = tl.arange(0, BLOCK)
     inside = columns < size
@@ -72,7 +75,7 @@ def _kept(mask, group, size, HAS_MASK: tl.constexpr, BLOCK: tl.constexpr):  # ty
 def _forward(
     y, z, weight, mask, out, size, inner, outer_stride, inner_stride, z_inner, z_outer_stride, z_inner_stride, eps,
     HAS_MASK: tl.constexpr, BLOCK: tl.constexpr,
-):  # type: ignore[no-untyped-def]  # fmt: skip
+):  # fmt: skip
     row, group = tl.program_id(0).to(tl.int64), tl.program_id(1)
     columns = tl.arange(0, BLOCK)
     inside = columns < size
@@ -95,7 +98,7 @@ def _backward(
     grad_inner, grad_outer_stride, grad_inner_stride, inner, outer_stride, inner_stride,
     z_inner, z_outer_stride, z_inner_stride, eps,
     HAS_MASK: tl.constexpr, BLOCK: tl.constexpr,
-):  # type: ignore[no-untyped-def]  # fmt: skip
+):  # fmt: skip
     program, group, groups = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
     columns = tl.arange(0, BLOCK)
     inside = columns < size

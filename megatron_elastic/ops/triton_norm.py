@@ -1,5 +1,8 @@
 """`rms_norm` as Triton kernels: one pass over the rows forward, one backward. Import it where triton is installed."""
 
+# Kernels are Triton's language, not Python's.
+# mypy: disable-error-code="no-untyped-def, untyped-decorator"
+
 from typing import Any
 
 import torch
@@ -22,8 +25,8 @@ class _RMSNorm(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, width: Tensor | None) -> Tensor:
         read, channels = rows(x), x.size(-1)
         y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-        if read.count:
-            _forward[(read.count,)](
+        if read.number:
+            _forward[(read.number,)](
                 read.values, weight, width, y, channels, *read.place, eps, width is not None, **block(channels)
             )
         ctx.save_for_backward(x, weight, width)
@@ -35,12 +38,12 @@ class _RMSNorm(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, Tensor | None]:
         x, weight, width = ctx.saved_tensors
         read, given, channels = rows(x), rows(grad), x.size(-1)
-        programs = min(read.count, PROGRAMS)
+        programs = min(read.number, PROGRAMS)
         dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
         dweight, dwidth = partial_sums(programs, channels, like=x), partial_sums(programs, like=x)
         if programs:
             _backward[(programs,)](
-                given.values, read.values, weight, width, dx, dweight, dwidth, read.count, channels, *given.place,
+                given.values, read.values, weight, width, dx, dweight, dwidth, read.number, channels, *given.place,
                 *read.place, ctx.eps, width is not None, **block(channels),
             )  # fmt: skip
         of_width = None if width is None else dwidth.sum().to(width.dtype).view(width.shape)
@@ -50,7 +53,7 @@ class _RMSNorm(torch.autograd.Function):
 @triton.jit
 def _forward(
     x, weight, width, y, channels, inner, outer_stride, inner_stride, eps, HAS_WIDTH: tl.constexpr, BLOCK: tl.constexpr
-):  # type: ignore[no-untyped-def]
+):
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     inside = columns < channels
@@ -67,7 +70,7 @@ def _backward(
     grad, x, weight, width, dx, dweight, dwidth, rows, channels,
     grad_inner, grad_outer_stride, grad_inner_stride, inner, outer_stride, inner_stride, eps,
     HAS_WIDTH: tl.constexpr, BLOCK: tl.constexpr,
-):  # type: ignore[no-untyped-def]  # fmt: skip
+):  # fmt: skip
     program = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     inside = columns < channels

@@ -7,8 +7,8 @@ import triton
 from torch import Tensor
 
 PROGRAMS = 256
-"""Programs of a backward: each sums its rows' part of a gradient that all rows share. A number of its own, not the
-device's, so that the sums are the same on every GPU."""
+"""Programs of a backward: each sums its rows' part of a gradient that all rows share. It is no number of the device's, so
+that the sums are the same on every GPU."""
 _CHANNELS_PER_WARP = 256
 
 
@@ -17,14 +17,14 @@ class Rows(NamedTuple):
 
     Attributes:
         values: the tensor.
-        count: rows, `outer * inner`.
+        number: of rows, `outer * inner`.
         inner: rows of the middle dimension.
         outer_stride: between neighbours of the first dimension.
         inner_stride: between neighbours of the middle one.
     """
 
     values: Tensor
-    count: int
+    number: int
     inner: int
     outer_stride: int
     inner_stride: int
