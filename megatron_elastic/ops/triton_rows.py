@@ -7,8 +7,8 @@ import triton
 from torch import Tensor
 
 PROGRAMS = 256
-"""Programs of a backward: each sums its rows' part of a gradient that all rows share. It is no number of the device's, so
-that the sums are the same on every GPU."""
+"""Programs of a backward: each sums its rows' part of a gradient that all rows share. It is no number of the
+device's, so that the sums are the same on every GPU."""
 _CHANNELS_PER_WARP = 256
 
 
