@@ -87,7 +87,7 @@ def ratios(model: Any, budgets: list[dict[str, Any]], data: Mapping[str, Any]) -
     teacher = sum(p.numel() * p.element_size() for p in model.module.teachers[0].parameters())
     # Plain training of the parent: as many of its microbatches in flight as the schedule has.
     plain = [{**budgets[-1], "labels": data["labels"]}]
-    peak_of_step(model, plain, data)  # what is made once (the pool of dummy gradients) is there before the counter starts
+    peak_of_step(model, plain, data)  # what is made once (the pool of dummy gradients) is then there before the count
     alone = peak_of_step(model, plain, data)
     joint = peak_of_step(model, [{}, *budgets], data)
     held = weights + gradients + teacher

@@ -34,16 +34,16 @@ SIZES: Mapping[float, Mapping[str, int]] = {
 }
 """Share of the parent's forward FLOPs -> what is narrowed for it."""
 
-# The same proportions at the size of a real parent, in widths that FP8's tiles divide; its LM head is 24 % of the FLOPs.
+# The same proportions at the size of a real parent and its vocabulary, in widths that FP8's tiles divide.
 GPU_SHAPE = ModelShape(
     pattern="M-M-M*-M-", vocab=131072, hidden=4096, ffn=21504, attention_heads=32, query_groups=8, head_dim=128,
     mamba_heads=128, mamba_head_dim=64, mamba_groups=8, mamba_state=128,
 )  # fmt: skip
 GPU_SIZES: Mapping[float, Mapping[str, int]] = {
     1.0: {},
-    0.75: {"hidden": 3584, "ffn": 17408, "mamba_heads": 112, "attention_heads": 32},
-    0.5: {"hidden": 2816, "ffn": 13312, "mamba_heads": 96, "attention_heads": 24},
-    0.25: {"hidden": 2048, "ffn": 8192, "mamba_heads": 64, "attention_heads": 16},
+    0.75: {"hidden": 3456, "ffn": 17408, "mamba_heads": 112, "attention_heads": 32},
+    0.5: {"hidden": 2688, "ffn": 14336, "mamba_heads": 80, "attention_heads": 24},
+    0.25: {"hidden": 1536, "ffn": 10240, "mamba_heads": 64, "attention_heads": 16},
 }
 SMALL_SHAPE = ModelShape(
     pattern="M-*-", vocab=256, hidden=128, ffn=256, attention_heads=8, query_groups=2, head_dim=16,
