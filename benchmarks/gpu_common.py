@@ -1,6 +1,7 @@
 """What the GPU benchmarks share: their options, the models' settings, the clock, and the peaks of the cards.
 
-A parent of 2.3 billion parameters (`models.GPU_SHAPE`: hidden 4096, V = 131072) in bf16, or with FP8 linears, on one GPU.
+A parent of 2.3 billion parameters (`models.GPU_SHAPE`: hidden 4096, V = 131072) in bf16, or with FP8 linears, on one
+GPU.
 """
 
 import argparse

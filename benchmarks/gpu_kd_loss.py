@@ -3,8 +3,8 @@
     python benchmarks/gpu_kd_loss.py [--json] [--tokens N] [--hidden H]
 
 In bf16, from hidden states: into each go hidden states and LM heads, out of each come the gradients of the student's.
-Bytes are those of the allocator's peak beyond what goes in, the gradients included, in units of one fp32 tensor `[s, V]`.
-Times are medians, and ratios to ours. LM heads are not quantised: there is no `--fp8` here.
+Bytes are those of the allocator's peak beyond what goes in, the gradients included, in units of one fp32 tensor
+`[s, V]`. Times are medians, and ratios to ours. LM heads are not quantised: there is no `--fp8` here.
 """
 
 import argparse

@@ -3,8 +3,8 @@
     python benchmarks/gpu_mfu.py [--json] [--fp8 RECIPE] [--tokens N]
 
 FLOPs are those of `megatron_elastic.cost_model`, a backward being two forwards: of a plain step of the stock parent, of
-each budget by itself with the teacher's forward, and of joint steps. What is computed twice (the teacher's LM head for each
-further budget, recomputation) does not count. With FP8 the peak is still bf16's, so that the two can be compared.
+each budget by itself with the teacher's forward, and of joint steps. What is computed twice (the teacher's LM head for
+each further budget, recomputation) does not count. With FP8 the peak is still bf16's, so that the two can be compared.
 """
 
 from statistics import median

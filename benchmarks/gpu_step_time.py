@@ -3,8 +3,8 @@
     python benchmarks/gpu_step_time.py [--json] [--fp8 RECIPE] [--tokens N] [--profile]
 
 As benchmarks/step_time.py: forward and backward of the teacher once and every budget sliced; of the same budgets masked
-with the teacher run for each; of the stock parent. `--profile` adds a table of GPU time by operation (on stderr), and for
-each kind of sliced weight the time of its product when it is packed first, as it is here, and piece by piece.
+with the teacher run for each; of the stock parent. `--profile` adds a table of GPU time by operation (on stderr), and
+for each kind of sliced weight the time of its product when it is packed first, as it is here, and piece by piece.
 """
 
 import sys
@@ -66,7 +66,7 @@ def profile(step: Callable[[], None]) -> str:
     activities = [torch.profiler.ProfilerActivity.CPU]
     key = "self_cpu_time_total"
     if torch.cuda.is_available():
-        activities, key = [*activities, torch.profiler.ProfilerActivity.CUDA], "self_cuda_time_total"
+        activities, key = [*activities, torch.profiler.ProfilerActivity.CUDA], "self_device_time_total"
     with torch.profiler.profile(activities=activities) as found:
         step()
     return str(found.key_averages().table(sort_by=key, row_limit=30, max_name_column_width=60))
