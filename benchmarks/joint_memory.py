@@ -13,7 +13,7 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -27,25 +27,26 @@ SHARES = (1.0, 0.75, 0.5, 0.25)
 LENGTH = 128
 
 
-def peak_of_step(model: Any, roles: list[dict[str, Any]]) -> int:
+def peak_of_step(model: Any, roles: list[dict[str, Any]], data: Mapping[str, Any]) -> int:
     """Most bytes that the allocator holds in one step beyond what was there before it.
 
     Args:
         model: under DDP.
         roles: what each base microbatch is run by: arguments of the model's forward, none for the teacher's turn.
+        data: the batch, as `models.batch` makes it.
     """
     import torch
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
-    from benchmarks import memory, models
+    from benchmarks import memory
 
-    data, chunk = models.batch(length=LENGTH), model.module
+    chunk, tokens = model.module, data["tokens"].numel()
     where, last = (data["tokens"], data["position_ids"]), chunk.post_process
     kept: dict[str, Any] = {}
 
     def forward_step(microbatches: Iterator[dict[str, Any]], model: Any) -> tuple[Any, Any]:
         how = next(microbatches)
-        zero = torch.zeros((), dtype=torch.int)
+        zero, whole = (torch.tensor(number, dtype=torch.int, device=where[0].device) for number in (0, tokens))
         if not how:
             hidden = model(*where, run_teacher=True)
             if last:
@@ -54,15 +55,15 @@ def peak_of_step(model: Any, roles: list[dict[str, Any]]) -> int:
         text = how.get("labels") is not None
         teacher = kept["target"] if last and not text else None
         out = model(*where, **how, teacher=teacher, loss_mask=data["loss_mask"])
-        return out, lambda output: (output, torch.tensor(LENGTH, dtype=torch.int), {})
+        return out, lambda output: (output, whole, {})
 
     step = partial(
         get_forward_backward_func(),
         forward_step_func=forward_step,
         model=[model],
         num_microbatches=BASE_MICROBATCHES * len(roles),
-        seq_length=LENGTH,
-        micro_batch_size=1,
+        seq_length=data["tokens"].size(1),
+        micro_batch_size=data["tokens"].size(0),
         forward_only=False,
     )
 
@@ -70,9 +71,35 @@ def peak_of_step(model: Any, roles: list[dict[str, Any]]) -> int:
         step(data_iterator=iter(roles * BASE_MICROBATCHES))
         kept.clear()
 
-    with memory.Allocations() as found:
-        run()
-    return found.peak()
+    return memory.peak_of(run)
+
+
+def ratios(model: Any, budgets: list[dict[str, Any]], data: Mapping[str, Any]) -> dict[str, float]:
+    """Bytes of a joint step, and over those of the full budget alone with the teacher's weights.
+
+    Args:
+        model: the family's, under DDP, with its teacher.
+        budgets: arguments of the model's forward of every budget, the full one last.
+        data: the batch.
+    """
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    gradients = sum(buffer.grad_data.numel() * buffer.grad_data.element_size() for buffer in model.buffers)
+    teacher = sum(p.numel() * p.element_size() for p in model.module.teachers[0].parameters())
+    # Plain training of the parent: as many of its microbatches in flight as the schedule has.
+    plain = [{**budgets[-1], "labels": data["labels"]}]
+    peak_of_step(model, plain, data)  # what is made once (the pool of dummy gradients) is then there before the count
+    alone = peak_of_step(model, plain, data)
+    joint = peak_of_step(model, [{}, *budgets], data)
+    held = weights + gradients + teacher
+    return {
+        "peak_over_single_budget": (held + joint) / (held + alone),
+        "activations_over_single_budget": joint / alone,
+        "joint": joint,
+        "alone": alone,
+        "weights": weights,
+        "gradients": gradients,
+        "teacher": teacher,
+    }
 
 
 def work(stages: int) -> dict[str, float]:
@@ -89,20 +116,11 @@ def work(stages: int) -> dict[str, float]:
     shape = replace(models.SHAPE, pattern=PATTERN)
     model = models.elastic_model(shape, LENGTH)
     budgets = [{"selection": models.selection(share, shape)} for share in sorted(SHARES)]
-    weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    teacher = sum(p.numel() * p.element_size() for p in model.module.teachers[0].parameters())
-    # Plain training of the parent: as many of its microbatches in flight as the schedule has.
-    plain = [{**budgets[-1], "labels": models.batch(length=LENGTH)["labels"]}]
-    peak_of_step(model, plain)  # what is made once (the pool of dummy gradients) is there before the counter starts
-    alone = peak_of_step(model, plain)
-    joint = peak_of_step(model, [{}, *budgets])
-    # Weights and their gradient buffer are there in both.
-    single = 2 * weights + teacher + alone
-    found = torch.tensor([(2 * weights + teacher + joint) / single, joint / alone, joint, alone, weights, teacher])
+    measured = ratios(model, budgets, models.batch(length=LENGTH))
+    found = torch.tensor(list(measured.values()))
     every = [torch.empty_like(found) for _ in range(stages)]
     torch.distributed.all_gather(every, found)
-    names = ("peak_over_single_budget", "activations_over_single_budget", "joint", "alone", "weights", "teacher")
-    return dict(zip(names, max(every, key=lambda values: float(values[0])).tolist(), strict=True))
+    return dict(zip(measured, max(every, key=lambda values: float(values[0])).tolist(), strict=True))
 
 
 def launch(stages: int) -> dict[str, float]:

@@ -32,11 +32,11 @@ UNFUSED_TENSORS = 16
 """Of `[s, V]`, a generous bound on what an unfused loss holds: it runs where three quarters of the free memory do."""
 
 
-def inputs(tokens: int, hidden: int, width: float = 1.0) -> list[Tensor]:
+def inputs(tokens: int, hidden: int, width: float = 1.0, vocabulary: int = VOCABULARY) -> list[Tensor]:
     """Student's hidden states and head, the teacher's, the loss mask; logits have a spread of about two."""
     generator = torch.Generator().manual_seed(0)
     kept = int(hidden * width)
-    shapes = [(tokens, 1, kept), (VOCABULARY, kept), (tokens, 1, hidden), (VOCABULARY, hidden)]
+    shapes = [(tokens, 1, kept), (vocabulary, kept), (tokens, 1, hidden), (vocabulary, hidden)]
     made = [torch.randn(*shape, generator=generator) for shape in shapes]
     for head in made[1::2]:
         head *= 2.0 / head.size(1) ** 0.5
@@ -78,12 +78,12 @@ def in_bfloat16(tokens: int, hidden: int, loss: DistillationLoss) -> float:
     return allocations.peak(made) / (tokens * VOCABULARY * 4)
 
 
-def modelopt_losses() -> dict[str, Callable[..., Any]]:
-    """modelopt's losses by the ending of their names here."""
+def modelopt_losses(vocabulary: int = VOCABULARY) -> dict[str, Callable[..., Any]]:
+    """modelopt's losses by the ending of their names here; of the top-k one k is 1024, or half the vocabulary."""
     from modelopt.torch.distill.plugins.megatron import LogitsKLLoss, TopKLogitsKLLoss
 
     config = SimpleNamespace(tensor_model_parallel_size=1, sequence_parallel=False)
-    return {"": LogitsKLLoss(config), "_topk": TopKLogitsKLLoss(config, top_k=1024)}
+    return {"": LogitsKLLoss(config), "_topk": TopKLogitsKLLoss(config, top_k=min(1024, vocabulary // 2))}
 
 
 def modelopts(tokens: int, hidden: int) -> dict[str, float]:

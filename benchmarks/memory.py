@@ -1,6 +1,6 @@
-"""Bytes that torch's CPU allocator holds while something runs: what every memory benchmark counts with."""
+"""Bytes that torch's allocator holds while something runs: what every memory benchmark counts with."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Self
 
 import torch
@@ -49,6 +49,23 @@ class Allocations:
             elif size < 0:
                 alive -= held.pop(pointer, 0)
         return most
+
+
+def peak_of(run: Callable[[], object]) -> int:
+    """Most bytes that torch's allocator holds while `run` runs, beyond what it held before; a GPU's where there is one.
+
+    What `run` returns is let go at once.
+    """
+    if not torch.cuda.is_available():
+        with Allocations() as found:
+            run()
+        return found.peak()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    run()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
 
 
 def available() -> int:

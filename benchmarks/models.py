@@ -1,4 +1,4 @@
-"""The model of the benchmarks: the family, stock and elastic models on this process's ranks, under core's DDP."""
+"""The models of the benchmarks: the family, stock and elastic models on this process's ranks, under core's DDP."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -9,6 +9,7 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.models.hybrid.hybrid_model import HybridModel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
@@ -33,18 +34,43 @@ SIZES: Mapping[float, Mapping[str, int]] = {
 }
 """Share of the parent's forward FLOPs -> what is narrowed for it."""
 
+# The same proportions at the size of a real parent and its vocabulary, in widths that FP8's tiles divide.
+GPU_SHAPE = ModelShape(
+    pattern="M-M-M*-M-", vocab=131072, hidden=4096, ffn=21504, attention_heads=32, query_groups=8, head_dim=128,
+    mamba_heads=128, mamba_head_dim=64, mamba_groups=8, mamba_state=128,
+)  # fmt: skip
+GPU_SIZES: Mapping[float, Mapping[str, int]] = {
+    1.0: {},
+    0.75: {"hidden": 3456, "ffn": 17408, "mamba_heads": 112, "attention_heads": 32},
+    0.5: {"hidden": 2688, "ffn": 14336, "mamba_heads": 80, "attention_heads": 24},
+    0.25: {"hidden": 1536, "ffn": 10240, "mamba_heads": 64, "attention_heads": 16},
+}
+SMALL_SHAPE = ModelShape(
+    pattern="M-*-", vocab=256, hidden=128, ffn=256, attention_heads=8, query_groups=2, head_dim=16,
+    mamba_heads=16, mamba_head_dim=16, mamba_groups=2, mamba_state=16,
+)  # fmt: skip
+"""For a look at whether a benchmark runs: its numbers say nothing."""
+SMALL_SIZES: Mapping[float, Mapping[str, int]] = {
+    1.0: {},
+    0.75: {"hidden": 112, "ffn": 192, "mamba_heads": 12, "attention_heads": 8},
+    0.5: {"hidden": 96, "ffn": 128, "mamba_heads": 8, "attention_heads": 6},
+    0.25: {"hidden": 64, "ffn": 64, "mamba_heads": 4, "attention_heads": 4},
+}
+_SIZES_BY_HIDDEN = {SHAPE.hidden: SIZES, GPU_SHAPE.hidden: GPU_SIZES, SMALL_SHAPE.hidden: SMALL_SIZES}
+
 
 def family(shape: ModelShape = SHAPE) -> Family:
-    """The family of all sizes of `SIZES`."""
-    kept = {axis: {sizes[axis] for sizes in SIZES.values() if axis in sizes} for axis in SIZES[0.5]}
+    """The family of all the sizes of a parent."""
+    table = _SIZES_BY_HIDDEN[shape.hidden]
+    kept = {axis: {sizes[axis] for sizes in table.values() if axis in sizes} for axis in table[0.5]}
     choices = {axis: tuple(sorted({*sizes, shape.full[axis]}, reverse=True)) for axis, sizes in kept.items()}
-    budgets = tuple(Budget(f"p{round(100 * share)}", share) for share in SIZES)
+    budgets = tuple(Budget(f"p{round(100 * share)}", share) for share in table)
     return Family(shape=shape, ffn_blocks=8, choices=choices, budgets=budgets)
 
 
 def selection(share: float, shape: ModelShape = SHAPE) -> Selection:
     """The submodel of one size."""
-    return Selection.from_dict({**shape.full, **SIZES[share]})
+    return Selection.from_dict({**shape.full, **_SIZES_BY_HIDDEN[shape.hidden][share]})
 
 
 def share_of_flops(chosen: Selection, shape: ModelShape = SHAPE, length: int = LENGTH) -> float:
@@ -60,12 +86,13 @@ def squared_relu(x: Tensor) -> Tensor:
 
 def start(tp: int = 1, pp: int = 1) -> None:
     """Joins the ranks that the launcher's variables name (one process: by itself), and makes Megatron's groups."""
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
     if not torch.distributed.is_initialized():
         if torch.distributed.is_torchelastic_launched():
-            torch.distributed.init_process_group("gloo")
+            torch.distributed.init_process_group(backend)
         else:
             store = torch.distributed.HashStore()
-            torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+            torch.distributed.init_process_group(backend, store=store, rank=0, world_size=1)
     parallel_state.initialize_model_parallel(tp, pp)
     model_parallel_cuda_manual_seed(7)
 
@@ -100,15 +127,19 @@ def split_pattern(pattern: str) -> str:
 
 
 def wrapped(model: HybridModel) -> DistributedDataParallel:
-    """The model under core's DDP: gradients are added up in `main_grad`, as in training."""
-    return DistributedDataParallel(model.config, DistributedDataParallelConfig(), model)
+    """The model on this process's device under core's DDP: gradients are added up in `main_grad`, as in training."""
+    model.to(torch.cuda.current_device())
+    settings = DistributedDataParallelConfig(grad_reduce_in_fp32=True)
+    return DistributedDataParallel(model.config, settings, model)
 
 
-def stock_model(shape: ModelShape = SHAPE, length: int = LENGTH) -> DistributedDataParallel:
-    """Core's own `HybridModel` of the parent on the local backend."""
+def stock_model(
+    shape: ModelShape = SHAPE, length: int = LENGTH, *, stack: ModuleSpec = plain_stack_spec, **other: Any
+) -> DistributedDataParallel:
+    """Core's own `HybridModel` of the parent, on the local backend or another stack; `other` changes the config."""
     model = HybridModel(
-        config=config(shape),
-        hybrid_stack_spec=plain_stack_spec,
+        config=config(shape, **other),
+        hybrid_stack_spec=stack,
         vocab_size=shape.vocab,
         max_sequence_length=length,
         hybrid_layer_pattern=split_pattern(shape.pattern),
@@ -120,34 +151,51 @@ def stock_model(shape: ModelShape = SHAPE, length: int = LENGTH) -> DistributedD
     return wrapped(model)
 
 
-def elastic_model(shape: ModelShape = SHAPE, length: int = LENGTH, teacher: bool = True) -> DistributedDataParallel:
-    """The family's model with a frozen teacher of its own."""
+def elastic_model(
+    shape: ModelShape = SHAPE,
+    length: int = LENGTH,
+    teacher: bool = True,
+    *,
+    layers: Mapping[str, Any] | None = None,
+    **other: Any,
+) -> DistributedDataParallel:
+    """The family's model with a frozen teacher of its own.
+
+    Args:
+        shape: of the parent.
+        length: most tokens of a sequence.
+        teacher: whether there is one.
+        layers: fields of `ElasticModelConfig`: what the layers run on.
+        other: changes to Megatron's config.
+    """
     settings = ElasticModelConfig(
-        transformer=config(shape),
+        transformer=config(shape, **other),
         vocab_size=shape.vocab,
         hybrid_layer_pattern=split_pattern(shape.pattern),
         seq_length=length,
         position_embedding_type="none",
         family=family(shape),
+        **(layers or {}),
     )
     builder, groups = ElasticModelBuilder(settings), ProcessGroupCollection.use_mpu_process_groups()
     model = builder.build_plain(groups)
     if teacher:
         frozen: ElasticHybridModel = builder.build_plain(groups)
-        frozen.requires_grad_(False).eval()
+        frozen.requires_grad_(False).eval().to(torch.cuda.current_device())
         model.teachers = (frozen,)
     return wrapped(model)
 
 
 def batch(shape: ModelShape = SHAPE, length: int = LENGTH, size: int = 1) -> dict[str, Tensor]:
-    """Tokens, labels, positions and a loss mask of ones."""
+    """Tokens, labels, positions and a loss mask of ones, on this process's device."""
     text = torch.randint(shape.vocab, (size, length + 1), generator=torch.Generator().manual_seed(5))
-    return {
+    made = {
         "tokens": text[:, :-1].contiguous(),
         "labels": text[:, 1:].contiguous(),
         "position_ids": torch.arange(length).expand(size, -1).contiguous(),
         "loss_mask": torch.ones(size, length),
     }
+    return {name: tensor.to(torch.cuda.current_device()) for name, tensor in made.items()}
 
 
 def plain_step(model: DistributedDataParallel, data: Mapping[str, Tensor]) -> Callable[[], None]:

@@ -35,23 +35,34 @@ def bounds(shares: Mapping[int, list[float]]) -> dict[str, float]:
     return found
 
 
-def steps(profiled: bool) -> dict[str, Callable[[], None]]:
-    """Every step to be timed, by name, on models of its own size."""
+def steps(
+    elastic: Any, stock: Any, data: Mapping[str, Any], shape: Any, *, budgets: bool = False
+) -> dict[str, Callable[[], None]]:
+    """Every step to be timed, by name.
+
+    Args:
+        elastic, stock: models of the same parent.
+        data: the batch.
+        shape: of the parent.
+        budgets: each budget's own step too, with the teacher's.
+    """
     from benchmarks import models
     from megatron_elastic.masks import one_hot
 
-    data, elastic, stock = models.batch(), models.elastic_model(), models.stock_model()
     found = {"plain": models.plain_step(stock, data)}
     for count, shares in FAMILIES.items():
-        chosen = [models.selection(share) for share in sorted(shares)]
-        masks = [one_hot(one, models.family()) for one in chosen]
+        chosen = [models.selection(share, shape) for share in sorted(shares)]
+        device = data["tokens"].device
+        masks = [
+            {axis: p.to(device) for axis, p in one_hot(one, models.family(shape)).items()} for one in chosen
+        ]
         found[f"sliced {count}"] = models.elastic_step(elastic, data, [{"selection": one} for one in chosen])
         found[f"masked {count}"] = models.elastic_step(
             elastic, data, [{"probabilities": one} for one in masks], teacher_for_each=True
         )
-    if profiled:
+    if budgets:
         for share in models.SIZES:
-            how = [{"selection": models.selection(share)}]
+            how = [{"selection": models.selection(share, shape)}]
             found[f"budget {share}"] = models.elastic_step(elastic, data, how)
     return found
 
@@ -113,7 +124,9 @@ def work(arguments: argparse.Namespace) -> dict[str, Any]:
 
     torch.set_num_threads(2 // arguments.ranks)
     models.start(tp=arguments.ranks)
-    todo = steps(arguments.profile)
+    todo = steps(
+        models.elastic_model(), models.stock_model(), models.batch(), models.SHAPE, budgets=arguments.profile
+    )
     wall, cpu = timed(todo, arguments.repeats)
     result: dict[str, Any] = ratios(wall) | ratios(cpu, "cpu_")
     result["seconds"] = {name: min(values) for name, values in wall.items()}

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from megatron_elastic.ops import kernels
 from megatron_elastic.ops.packing import check_documents
 
 
@@ -15,7 +16,8 @@ def causal_conv1d_silu(x: Tensor, weight: Tensor, bias: Tensor, documents: Tenso
 
     So are tokens of an earlier document.
 
-    Runs as `k` shifted products, which on CPU takes half the time of a grouped `conv1d`.  Computed in at least fp32.
+    Runs as `k` shifted products, which on CPU takes half the time of a grouped `conv1d`; as causal-conv1d's kernel on a
+    GPU that has it (`kernels.conv_kernel` says when).  Computed in at least fp32.
 
     Args:
         x: `[b, l, d]`, of any strides.
@@ -30,6 +32,9 @@ def causal_conv1d_silu(x: Tensor, weight: Tensor, bias: Tensor, documents: Tenso
         ValueError: `documents` is not `[b, l]`.
     """
     check_documents(documents, x.size(0), x.size(1))
+    kernel = kernels.conv_kernel(x, weight)
+    if kernel is not None:
+        return _by_kernel(kernel, x, weight, bias, documents)
     y: Tensor = _ShiftedProducts.apply(x, weight, bias, documents)  # type: ignore[no-untyped-call]
     return y
 
@@ -45,6 +50,20 @@ def causal_conv1d_silu_ref(x: Tensor, weight: Tensor, bias: Tensor, documents: T
         return torch.cat(rows)
     padded = F.pad(x.transpose(1, 2), (weight.size(-1) - 1, 0))
     return F.silu(F.conv1d(padded, weight.to(x.dtype), bias.to(x.dtype), groups=weight.size(0))).transpose(1, 2)
+
+
+def _by_kernel(kernel: Any, x: Tensor, weight: Tensor, bias: Tensor, documents: Tensor | None) -> Tensor:
+    """causal-conv1d takes `[b, d, l]`, here with the channels next to each other, as documents demand it.
+
+    It reads 16 bytes at once and checks the strides for that but not where the first channel lies, which in a packed
+    projection is behind others'; what does not fit is copied.
+    """
+    multiple = kernels.CONV_MULTIPLE
+    fits = x.stride(2) == 1 and not any(place % multiple for place in (*x.stride()[:2], x.storage_offset()))
+    x = x if fits else x.clone(memory_format=torch.contiguous_format)
+    numbers = None if documents is None else documents.to(torch.int32)
+    y: Tensor = kernel(x.transpose(1, 2), weight.squeeze(1), bias, seq_idx=numbers, activation="silu")
+    return y.transpose(1, 2)
 
 
 class _ShiftedProducts(torch.autograd.Function):

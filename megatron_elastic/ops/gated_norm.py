@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megatron_elastic.ops import kernels
 from megatron_elastic.ops.norm import rms_norm
 
 
@@ -11,6 +12,8 @@ def gated_rms_norm(
     y: Tensor, z: Tensor, weight: Tensor, groups: int, eps: float, mask: Tensor | None = None
 ) -> Tensor:
     """RMS norm of `u = y * silu(z) * mask` inside each group of `d / groups` channels, computed in at least fp32.
+
+    On a GPU it is one kernel each way.
 
     The mean square divides by the mask's sum inside the group, so that a prefix mask in every group is exactly the norm
     of the sliced channels.  A group whose mask is all zero gives zeros.
@@ -34,6 +37,10 @@ def gated_rms_norm(
     channels = y.size(-1)
     if groups < 1 or channels % groups:
         raise ValueError(f"{channels} channels do not divide into {groups} groups; use a divisor of the channels")
+    if kernels.norms_are_fused(y, channels // groups):
+        from megatron_elastic.ops import triton_gated_norm
+
+        return triton_gated_norm.gated_rms_norm(y, z, weight, groups, eps, mask)
     compute = torch.promote_types(y.dtype, torch.float32)
     u = y.to(compute) * F.silu(z.to(compute))
     if mask is None:

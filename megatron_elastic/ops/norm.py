@@ -3,9 +3,11 @@
 import torch
 from torch import Tensor
 
+from megatron_elastic.ops import kernels
+
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, width: Tensor | None = None) -> Tensor:
-    """`x * rsqrt(sum(x^2) / width + eps) * weight`, computed in at least fp32.
+    """`x * rsqrt(sum(x^2) / width + eps) * weight`, computed in at least fp32; on a GPU one kernel each way.
 
     With `x` multiplied by a one-hot choice of prefix mask and `width` the sum of that mask this is exactly the norm of
     the sliced channels; a soft mask interpolates, and the gradient reaches `width`.
@@ -19,6 +21,10 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, width: Tensor | None = None)
     Returns:
         `[..., h]` in the dtype of `x`.
     """
+    if (width is None or width.numel() == 1) and weight.dim() == 1 and kernels.norms_are_fused(x, x.size(-1)):
+        from megatron_elastic.ops import triton_norm
+
+        return triton_norm.rms_norm(x, weight, eps, width)
     compute = torch.promote_types(x.dtype, torch.float32)
     values = x.to(compute)
     total = torch.linalg.vector_norm(values, dim=-1, keepdim=True).square()

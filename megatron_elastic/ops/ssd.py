@@ -1,4 +1,4 @@
-"""State space duality scan of Mamba-2 in plain torch, differentiable, on any device.
+"""State space duality scan of Mamba-2: in plain torch on any device, by mamba-ssm's kernels on a GPU that has them.
 
 Source: Dao and Gu, "Transformers are SSMs" (arXiv 2405.21060), section 6 and listing 1 (the chunked algorithm).
 """
@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from megatron_elastic.ops import kernels
 from megatron_elastic.ops.packing import check_documents
 
 
@@ -27,7 +28,8 @@ def ssd(
 
     The state is zero before the first token of every document.  Head `i` uses group `i // (h / g)`.  Computed in fp32
     (fp64 when `x` is fp64); the cost is `l * chunk_size + (l / chunk_size)^2` per head, so `chunk_size` should grow
-    with the root of very long sequences.
+    with the root of very long sequences.  On a GPU mamba-ssm's kernels run it, in chunks of their own, where
+    `kernels.scan_kernel` has them.
 
     Args:
         x: input `[b, l, h, p]`.
@@ -50,6 +52,11 @@ def ssd(
     if x.size(2) % B.size(2):
         raise ValueError(f"{x.size(2)} heads do not divide over {B.size(2)} groups; use a multiple of the groups")
     check_documents(documents, x.size(0), x.size(1))
+    kernel = kernels.scan_kernel(x)
+    if kernel is not None:
+        numbers = None if documents is None else documents.to(torch.int32)
+        scanned: Tensor = kernel(x, dt, A, B, C, kernels.SCAN_CHUNK, D=D, seq_idx=numbers)
+        return scanned
     y: Tensor = _ChunkedScan.apply(x, dt, A, B, C, D, chunk_size, documents)  # type: ignore[no-untyped-call]
     return y
 

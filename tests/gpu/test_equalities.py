@@ -1,9 +1,8 @@
 """Masked and sliced submodels are one model on a GPU too, on the local backend in fp32.
 
-These tests have not run on a GPU yet; the exact proofs are in tests/distributed, in fp64 on the CPU.
+Not run on a GPU yet; the exact proofs are in tests/distributed, in fp64 on the CPU.
 """
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -19,16 +18,11 @@ TOLERANCE = 1e-3
 
 
 @pytest.fixture(scope="module")
-def kit() -> Iterator[Any]:
-    from megatron.core import parallel_state
-
+def kit(engine: None) -> Any:
     from tests.distributed import elastic_kit
 
-    torch.distributed.init_process_group("nccl", store=torch.distributed.HashStore(), rank=0, world_size=1)
     elastic_kit.layout_of_ranks()
-    yield elastic_kit
-    parallel_state.destroy_model_parallel()
-    torch.distributed.destroy_process_group()
+    return elastic_kit
 
 
 def outcome(kit: Any, model: Any, **how: Any) -> dict[str, Tensor]:
@@ -42,19 +36,13 @@ def outcome(kit: Any, model: Any, **how: Any) -> dict[str, Tensor]:
     return {"logits": logits.detach(), **grads}
 
 
-def build(kit: Any) -> Any:
-    model = kit.elastic_model(dtype=torch.float32)
-    return model.cuda()
-
-
 def soft(kit: Any, selection: Selection, device: torch.device) -> dict[str, Tensor]:
     return {axis: p.to(device) for axis, p in one_hot(selection, kit.FAMILY).items()}
 
 
-def test_masked_is_sliced(kit: Any) -> None:
-    """One-hot masks against slices, forward and gradients. Has not run on a GPU yet."""
-    model = build(kit)
-    device = next(model.parameters()).device
+def test_masked_is_sliced(kit: Any, device: torch.device) -> None:
+    """One-hot masks against slices, forward and gradients."""
+    model = kit.elastic_model(dtype=torch.float32).to(device)
     for selection in (kit.FAMILY.full, *kit.SELECTIONS[1:]):
         sliced = outcome(kit, model, selection=selection)
         masked = outcome(kit, model, probabilities=soft(kit, selection, device))
@@ -63,11 +51,11 @@ def test_masked_is_sliced(kit: Any) -> None:
     assert kit.worst(outcome(kit, model, selection=kit.FAMILY.full), other) > 100 * TOLERANCE
 
 
-def test_full_is_the_plain_model(kit: Any) -> None:
-    """The full selection against core's own layers. Has not run on a GPU yet."""
-    model = build(kit)
+def test_full_is_the_plain_model(kit: Any, device: torch.device) -> None:
+    """The full selection against core's own layers."""
+    model = kit.elastic_model(dtype=torch.float32).to(device)
     stock = kit.stock_model(kit.SHAPE, dtype=torch.float32)
     kit.set_weights(stock, kit.FAMILY.layout, kit.full_weights(kit.FAMILY.layout))
-    plain = outcome(kit, stock.cuda())
+    plain = outcome(kit, stock.to(device))
     assert kit.worst(outcome(kit, model, selection=kit.FAMILY.full), plain) < TOLERANCE
     assert kit.worst(outcome(kit, model, selection=kit.SELECTIONS[2]), plain) > 100 * TOLERANCE

@@ -1,11 +1,10 @@
 """Experts in one grouped product on a GPU are the experts one after the other.
 
-These tests have not run on a GPU yet; the equalities of MoE layers are proved in tests/distributed, in fp64 on the CPU,
+Not run on a GPU yet; the equalities of MoE layers are proved in tests/distributed, in fp64 on the CPU,
 where the grouped product is its reference.
 """
 
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,24 +18,19 @@ TOLERANCE = 2e-2
 
 
 @pytest.fixture(scope="module")
-def kit() -> Iterator[Any]:
-    from megatron.core import parallel_state
-
+def kit(engine: None) -> Any:
     sys.path.insert(0, str(Path(__file__).parents[1] / "distributed"))
     from tests.distributed import moe_kit
 
-    torch.distributed.init_process_group("nccl", store=torch.distributed.HashStore(), rank=0, world_size=1)
     moe_kit.layout_of_ranks()
-    yield moe_kit
-    parallel_state.destroy_model_parallel()
-    torch.distributed.destroy_process_group()
+    return moe_kit
 
 
-def test_the_kernel_is_its_reference() -> None:
-    """Forward and gradients, with groups that have no row. Has not run on a GPU yet."""
+def test_the_kernel_is_its_reference(device: torch.device) -> None:
+    """Forward and gradients, with groups that have no row."""
     generator = torch.Generator().manual_seed(2)
     sizes = (96, 64), (4, 128, 64), (96, 128)
-    x, weights, grad = (torch.randn(*size, generator=generator).bfloat16().cuda() for size in sizes)
+    x, weights, grad = (torch.randn(*size, generator=generator).bfloat16().to(device) for size in sizes)
     x.requires_grad_()
     weights.requires_grad_()
     for counts in ((40, 0, 33, 23), (0, 0, 96, 0)):
@@ -48,19 +42,19 @@ def test_the_kernel_is_its_reference() -> None:
     assert (grouped_product(x, weights.flip(0), counts) - each).abs().max() > 0.1 * each.abs().max()
 
 
-def test_grouped_slices_are_slices_one_after_the_other(kit: Any) -> None:
-    """The experts of a layer in bf16, of which some are left out and one has no token. Has not run on a GPU yet."""
+def test_grouped_slices_are_slices_one_after_the_other(kit: Any, device: torch.device) -> None:
+    """The experts of a layer in bf16, of which some are left out and one has no token."""
     family = kit.family(kit.shape(gated=True))
     small = family.select({**family.full.sizes, "experts": family.choices["experts"][-1]})
     generator = torch.Generator().manual_seed(3)
-    tokens, grad = (torch.randn(96, 32, generator=generator).bfloat16().cuda() for _ in range(2))
-    weight = torch.rand(96, generator=generator).bfloat16().cuda()
+    tokens, grad = (torch.randn(96, 32, generator=generator).bfloat16().to(device) for _ in range(2))
+    weight = torch.rand(96, generator=generator).bfloat16().to(device)
     counts = torch.tensor([40, 0, 0, 0, 33, 23, 0, 0])  # two blocks, the first two of each are kept
     found = []
     for grouped in (False, True):
         model = kit.elastic_model(family, **{**kit.SOFTMAX, "moe_grouped_gemm": grouped})
         kit.set_weights(model, family.layout, kit.full_weights(family.layout))
-        experts = model.bfloat16().cuda().decoder.layers[1].mlp.experts
+        experts = model.bfloat16().to(device).decoder.layers[1].mlp.experts
         plan = model.decoder.plans.of(small).layers[1]
         out, _ = experts(tokens, counts, weight, plan=plan)
         out.backward(grad)

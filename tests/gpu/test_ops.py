@@ -1,6 +1,6 @@
-"""Every op on CUDA, forward and gradients, against its reference in fp64 on the same inputs.
+"""Every op, forward and gradients, against its reference in fp64 on the same inputs.
 
-These tests have not run on a GPU yet. Their tolerances are what the same comparison gives on a CPU, with room.
+Not run on a GPU yet. The tolerances are what the same comparison gives on a CPU, with room.
 """
 
 from collections.abc import Callable, Sequence
@@ -23,11 +23,6 @@ from megatron_elastic.ops.ssd import ssd, ssd_ref
 # twice where a gradient is rounded on its way.
 TOLERANCES = {torch.float32: 2e-5, torch.bfloat16: 1e-2}
 Op = Callable[..., Tensor]
-
-
-@pytest.fixture
-def device() -> torch.device:
-    return torch.device("cuda")
 
 
 def normal(*shape: int, device: torch.device, seed: int) -> Tensor:
@@ -57,29 +52,54 @@ def compare_in(dtype: torch.dtype, op: Op, reference: Op, inputs: Sequence[Tenso
     wanted = torch.autograd.grad((expected * upstream.double()).sum(), high)
     for number, (a, b) in enumerate(zip(gradients, wanted, strict=True)):
         assert worst(a, b) < limit, f"gradient of input {number} in {dtype}"
-    changed = [low[0].detach() + 0.5, *low[1:]]
+    changed = [low[0].detach() + 1.0, *low[1:]]
     assert worst(op(*changed).detach(), expected.detach()) > 10 * limit
 
 
-def test_ssd(device: torch.device) -> None:
-    """The chunked scan and its own backward against the recurrence. Has not run on a GPU yet."""
-    b, length, h, p, g, n = 2, 96, 8, 16, 2, 16
-    x, B, C = (normal(b, length, *s, device=device, seed=i) for i, s in enumerate([(h, p), (g, n), (g, n)]))
-    dt = F.softplus(normal(b, length, h, device=device, seed=5) - 1)
-    A, D = -torch.rand(h, generator=torch.Generator().manual_seed(6)).to(device) - 0.5, normal(h, device=device, seed=7)
-    compare(lambda *t: ssd(*t, 32), ssd_ref, [x, dt, A, B, C, D])
+def scan_inputs(device: torch.device, heads: int, head_dim: int) -> list[Tensor]:
+    b, length, g, n = 2, 96, 2, 16
+    shapes = [(heads, head_dim), (g, n), (g, n)]
+    x, B, C = (normal(b, length, *s, device=device, seed=i) for i, s in enumerate(shapes))
+    dt = F.softplus(normal(b, length, heads, device=device, seed=5) - 1)
+    A = -torch.rand(heads, generator=torch.Generator().manual_seed(6)).to(device) - 0.5
+    return [x, dt, A, B, C, normal(heads, device=device, seed=7)]
 
 
-def test_causal_conv(device: torch.device) -> None:
-    """The shifted products against `conv1d`. Has not run on a GPU yet."""
-    shapes = [(2, 64, 48), (48, 1, 4), (48,)]
+DOCUMENTS = torch.tensor([[0] * 10 + [1] * 50 + [2] * 36, [0] * 96])
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("head_dim", [16, 12])
+def test_ssd(device: torch.device, head_dim: int, packed: bool) -> None:
+    """The chunked scan and its own backward against the recurrence; in bf16 mamba-ssm's kernels where they are."""
+    inputs = scan_inputs(device, 8, head_dim)
+    documents = DOCUMENTS.to(device) if packed else None
+    compare_in(torch.float32, lambda *t: ssd(*t, 32, documents), lambda *t: ssd_ref(*t, documents), inputs, 2e-5)
+    x, dt, A, B, C, D = inputs
+
+    def exact(x: Tensor, B: Tensor, C: Tensor) -> Tensor:
+        return ssd_ref(x, dt.double(), A.double(), B, C, D.double(), documents)
+
+    # As in the layer: steps, decays and skips stay in fp32. The kernels round the states that chunks hand on and the
+    # scores inside a chunk to 8 bits.
+    compare_in(torch.bfloat16, lambda x, B, C: ssd(x, dt, A, B, C, D, 32, documents), exact, [x, B, C], 3e-2)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("channels", [48, 44])
+def test_causal_conv(device: torch.device, channels: int, packed: bool) -> None:
+    """Shifted products, or in bf16 causal-conv1d's kernel (of 44 channels: not), against `conv1d`."""
+    shapes = [(2, 96, channels), (channels, 1, 4), (channels,)]
     inputs = [normal(*s, device=device, seed=i) for i, s in enumerate(shapes)]
-    compare(causal_conv1d_silu, causal_conv1d_silu_ref, inputs)
+    documents = DOCUMENTS.to(device) if packed else None
+    compare(
+        lambda *t: causal_conv1d_silu(*t, documents), lambda *t: causal_conv1d_silu_ref(*t, documents), inputs, 2e-2
+    )
 
 
 def test_norms(device: torch.device) -> None:
-    """Both norms with a soft mask, its gradient included. Has not run on a GPU yet."""
-    x, z = (normal(8, 2, 64, device=device, seed=i) for i in range(2))
+    """Both norms with a soft mask, its gradient included; Triton kernels on a GPU."""
+    x, z = (normal(300, 2, 64, device=device, seed=i) for i in range(2))
     weight, mask = (torch.sigmoid(normal(64, device=device, seed=i)) + 0.5 for i in (2, 3))
     width = mask.sum()
     compare(
@@ -95,14 +115,14 @@ def test_norms(device: torch.device) -> None:
 
 
 def test_attention(device: torch.device) -> None:
-    """Torch's fused attention with grouped heads. Has not run on a GPU yet."""
+    """Torch's fused attention with grouped heads."""
     inputs = [normal(64, 2, heads, 32, device=device, seed=seed) for seed, heads in enumerate((8, 2, 2))]
     # The fused kernels round the probabilities too.
     compare(lambda *t: causal_attention(*t, 0.2), lambda *t: causal_attention_ref(*t, 0.2), inputs, 3e-2)
 
 
 def test_kd_loss(device: torch.device) -> None:
-    """The KD loss fused with the LM head, in chunks. Has not run on a GPU yet."""
+    """The KD loss fused with the LM head, in chunks."""
     hidden, head, teacher, teacher_head = (
         normal(*s, device=device, seed=i) * 0.3 for i, s in enumerate([(32, 2, 32), (257, 32), (32, 2, 48), (257, 48)])
     )
@@ -118,7 +138,7 @@ def test_kd_loss(device: torch.device) -> None:
 
 
 def test_sliced_parameter(device: torch.device) -> None:
-    """A slice and its gradient in `main_grad`, exactly. Has not run on a GPU yet."""
+    """A slice and its gradient in `main_grad`, exactly."""
     segments = ((0, 8), (32, 40)), ((4, 20),)
     for dtype in TOLERANCES:
         weight = normal(64, 48, device=device, seed=1).to(dtype).requires_grad_()

@@ -78,6 +78,8 @@ TORCH_ONLY = {name for name, level in LEVELS.items() if level <= 4} | {
     "sorting",
 }
 TORCH_ONLY_PACKAGES = {"torch", "numpy", "yaml"} | set(sys.stdlib_module_names)
+# Triton decorates kernels on import: modules of this prefix import it, and are imported inside functions alone.
+TRITON = "ops.triton_"
 TRAINING_IMPORTERS = {"training", "dry_run"}
 TRAINING_IMPORTERS |= {"forward_step", "loss_checks", "metrics", "evaluation", "importance", "standalone"}
 TRAINING_IMPORTERS |= ENGINE
@@ -160,6 +162,8 @@ def outer_fault(found: Import) -> str | None:
         models = found.target.startswith("megatron.training.models") and source in MODELS_IMPORTERS
         if source not in TRAINING_IMPORTERS and not models:
             return f"megatron.training is imported by {', '.join(sorted(TRAINING_IMPORTERS))} only"
+    if found.source.startswith(TRITON) and head(found.target) == "triton":
+        return None
     if source in TORCH_ONLY and found.on_import and head(found.target) not in TORCH_ONLY_PACKAGES:
         return "this module imports with torch alone; import it inside the function that needs it"
     return None
@@ -178,6 +182,8 @@ def faults(root: Path) -> list[str]:
                 fault = inner_fault(head(found.source), head(target))
             else:
                 fault = None
+            if found.on_import and target.startswith(TRITON) and not found.source.startswith(TRITON):
+                fault = "it needs triton; import it inside the function that needs it"
             if found.on_import and target != found.source:
                 graph.setdefault(found.source, set()).add(target)
         else:
@@ -248,6 +254,11 @@ def test_each_rule_is_enforced(tmp_path: Path) -> None:
     assert only(broken("adapts", cpu__in__x="import megatron_elastic.axes", axes=""), "errors alone")
     assert only(broken("core", extraction="from megatron.core import x"), "torch alone")
     assert only(broken("guarded", masks="try:\n    import megatron.core\nexcept ImportError:\n    pass"), "torch alone")
+    assert only(broken("triton", ops__in__norm="import triton"), "torch alone")
+    kernels = {"ops__in__triton_norm": "import triton"}
+    norm = "from megatron_elastic.ops import triton_norm"
+    assert only(broken("kernels", ops__in__norm=norm, **kernels), "needs triton")
+    assert broken("lazy_kernels", ops__in__norm=f"def f():\n    {norm}", **kernels) == []
     assert only(broken("training", layers__in__a="def f():\n    from megatron import training"), "megatron.training")
     assert only(broken("models", model="from megatron.training.arguments import x"), "megatron.training")
     assert broken("model", model="from megatron.training.models.hybrid import HybridModelConfig") == []
