@@ -241,8 +241,8 @@ def _teacher_cache(
     for number, stage in enumerate(stages):
         if "trainable" in (stage.teacher.values() if isinstance(stage.teacher, Mapping) else [stage.teacher]):
             faults.append(
-                f"elastic.stages[{number}].teacher: trainable, and elastic.teacher_cache is given: a teacher that changes "
-                "with every step cannot be read from a cache; use `teacher: frozen`, or no cache"
+                f"elastic.stages[{number}].teacher: trainable, and elastic.teacher_cache is given: a teacher that "
+                "changes with every step cannot be read from a cache; use `teacher: frozen`, or no cache"
             )
     return cache
 

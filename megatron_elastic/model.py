@@ -190,8 +190,8 @@ class ElasticHybridModel(HybridModel):
                 leaves it be.
             run_teacher: runs the frozen teacher instead and returns its final hidden states.
             live_teacher: with `run_teacher`: the parent as it is now is the teacher.
-            cached_teacher: with `run_teacher`: nothing is run, what the teacher says is read from a cache; what is returned
-                has the shape of hidden states and says nothing.
+            cached_teacher: with `run_teacher`: nothing is run, what the teacher says is read from a cache; what is
+                returned has the shape of hidden states and says nothing.
             teacher: on the last stage, returns the summed KD loss against it.
             labels: `[b, s]`: on the last stage and without `teacher`, returns the summed cross entropy; with it, for
                 the cross entropy that `loss` adds.

@@ -1,13 +1,15 @@
 """Files of a teacher cache: entries of one size, found by a key of 16 bytes.
 
 A writer has a pair of files, `NAME.data` of entries and `NAME.index` of one record for each, which are called
-`NAME.data.part` and `NAME.index.part` until they are full or the writer ends. An entry is written before its record, and
-a record when the step that it belongs to is committed: a killed writer leaves whole entries, which `recover` takes over,
-and at most a tail that no record tells of. A file with its final name never changes. Nothing depends on who wrote what.
+`NAME.data.part` and `NAME.index.part` until they are full or the writer ends. An entry is written before its record,
+and a record when the step that it belongs to is committed: a killed writer leaves whole entries, which `recover` takes
+over, and at most a tail that no record tells of. A file with its final name never changes, and nothing depends on which
+rank wrote it.
 """
 
 import errno
 import fcntl
+import io
 import os
 import socket
 import time
@@ -23,7 +25,7 @@ from numpy.typing import NDArray
 from megatron_elastic.errors import CacheError
 
 RECORD = np.dtype([("key", "<u8", 2), ("text", "<u8"), ("sample", "<u8"), ("slot", "<i4"), ("checksum", "<u4")])
-"""Key; text and number of the sample that it was read as; place in the data file, or `ELSEWHERE`; CRC-32 of the entry."""
+"""Key; text and number of the sample; place in the data file, or `ELSEWHERE`; CRC-32 of the entry."""
 ELSEWHERE = -1
 """Stands for a slot where the entry itself is in another file: the same text came again."""
 FILE_BYTES = 2**32
@@ -56,7 +58,7 @@ class EntryLayout(NamedTuple):
         return np.dtype([("ids", "<i4", kept), ("log_probs", value, kept), ("ghost", "<f4", (self.tokens,))])
 
 
-def _lock(stream: IO[bytes]) -> bool:
+def _lock(stream: IO[bytes] | io.FileIO) -> bool:
     """Whether this process now holds a file that no other one holds; where there are no locks, it does."""
     try:
         fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -226,7 +228,7 @@ class CacheWriter:
         self._own: set[bytes] = set()
         self._told: set[tuple[int, int]] = set()
         self._pending: dict[tuple[int, int], Any] = {}
-        self._pair: tuple[Path, IO[bytes], IO[bytes]] | None = None
+        self._pair: tuple[Path, io.FileIO, io.FileIO] | None = None
         self._slots, self._records = 0, list[bytes]()
 
     def __enter__(self) -> "CacheWriter":
@@ -238,14 +240,14 @@ class CacheWriter:
             self.commit()
         self._finish_pair()
 
-    def _streams(self) -> tuple[IO[bytes], IO[bytes]]:
+    def _streams(self) -> tuple[io.FileIO, io.FileIO]:
         if self._pair is None:
             self.folder.mkdir(parents=True, exist_ok=True)
             stem = self.folder / f"{socket.gethostname()}-{os.getpid()}-{time.time_ns():x}"
             # Locked by its index: `recover` of another run leaves it.
-            index = Path(f"{stem}{_INDEX}{_PART}").open("xb", buffering=0)
+            index = io.FileIO(f"{stem}{_INDEX}{_PART}", "x")
             _lock(index)
-            self._pair = stem, Path(f"{stem}{_DATA}{_PART}").open("xb", buffering=0), index
+            self._pair = stem, io.FileIO(f"{stem}{_DATA}{_PART}", "x"), index
             self._slots, self._records = 0, []
         return self._pair[1], self._pair[2]
 

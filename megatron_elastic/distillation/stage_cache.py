@@ -23,7 +23,8 @@ from megatron_elastic.layers.linear import TopKTarget
 class StageCache:
     """The cache of a stage. Every rank has one; those of the last pipeline stage use it.
 
-    In a stage that writes, students learn from what is written, as a stage that reads it will: their losses are the same.
+    In a stage that writes, students learn from what is written, as a stage that reads it does: their losses are the
+    same.
     """
 
     def __init__(self, recipe: Recipe, number: int, settings: TeacherCache) -> None:
@@ -42,7 +43,9 @@ class StageCache:
     def __enter__(self) -> "StageCache":
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         """Closes what this rank wrote. An orderly exit of the process is no error."""
         orderly = isinstance(error, SystemExit) and not error.code
         self._exit.__exit__(*((None, None, None) if orderly else (kind, error, trace)))
@@ -64,7 +67,9 @@ class StageCache:
         return self.plan.reads
 
     def open(self, groups: ProcessGroupCollection) -> None:
-        """Decides on rank 0, for all ranks, whether the stage reads or writes. A collective of the world; once is enough.
+        """Decides on rank 0, for all ranks, whether the stage reads or writes.
+
+        A collective of the world; a second call does nothing.
 
         Raises:
             CacheError: on every rank: the cache cannot serve this stage.
@@ -119,9 +124,9 @@ class StageCache:
             if entry is None:
                 kind, sample = TRAINING if training else VALIDATION, int(batch["sample"][row])
                 raise CacheError(
-                    f"{self.plan.root}: {kind} sample {sample} of stage {self.number}, hash {key.hex()}, is missing: its "
-                    "tokens are not those that the cache was written from. Run the stage once with `mode: write`, or "
-                    "give it the text of that run"
+                    f"{self.plan.root}: {kind} sample {sample} of stage {self.number}, hash {key.hex()}, is missing: "
+                    "its tokens are not those that the cache was written from. Run the stage once with `mode: write`, "
+                    "or give it the text of that run"
                 )
             entries.append(entry)
         whole = {

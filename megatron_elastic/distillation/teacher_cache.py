@@ -27,8 +27,8 @@ TRAINING, VALIDATION = "training", "validation"
 def identity_of(recipe: Recipe, settings: TeacherCache) -> dict[str, Any]:
     """What decides the content of an entry, beside its text.
 
-    The teacher is told by the SHA-256 of its checkpoint's files: from Megatron's manifest where there is one, else of the
-    files as they are. The same weights saved anew, on another layout, are another teacher here.
+    The teacher is told by the SHA-256 of its checkpoint's files: from Megatron's manifest where there is one, else of
+    the files as they are. The same weights saved anew, on another layout, are another teacher here.
 
     Raises:
         CheckpointError: there is no teacher.
@@ -148,8 +148,8 @@ def _check_identity(root: Path, identity: Mapping[str, Any], mode: str) -> None:
     ]
     if different:
         raise CacheError(
-            f"{root} was written with other settings: {'; '.join(different)}. Give elastic.teacher_cache.folder another "
-            "folder, or mend the recipe"
+            f"{root} was written with other settings: {'; '.join(different)}. Give elastic.teacher_cache.folder "
+            "another folder, or mend the recipe"
         )
 
 

@@ -137,7 +137,7 @@ class TopKTarget:
     log_probs: Tensor
 
     def rounded(self, precision: str) -> "TopKTarget":
-        """What is left of it where the kept log-probabilities are stored in `fp16` or `fp32`; the ghost's is in fp32."""
+        """What is left where the kept log-probabilities are stored in `fp16` or `fp32`; the ghost's is in fp32."""
         stored = self.log_probs.float()
         if precision == "fp16":
             stored[..., :-1] = stored[..., :-1].half()

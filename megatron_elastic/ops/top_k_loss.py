@@ -1,9 +1,10 @@
 """Distillation from a teacher's most probable tokens, fused with the LM head, one chunk of tokens at a time.
 
-What is known of the teacher at a token are the log-probabilities of `k` tokens and, in one entry more, that of all others
-together (the ghost token). The student's distribution is gathered into the same `k + 1` entries, and the divergence is
-that of these two. It is never above the divergence over the whole vocabulary (forward and reverse KL and JSD only shrink
-when outcomes are joined), and is zero where the student gives the kept tokens and their rest the teacher's probabilities.
+What is known of the teacher at a token are the log-probabilities of `k` tokens and, in one entry more, that of all
+others together (the ghost token). The student's distribution is gathered into the same `k + 1` entries, and the
+divergence is that of these two. It is never above the divergence over the whole vocabulary (forward and reverse KL and
+JSD only shrink when outcomes are joined), and is zero where the student gives the kept tokens and their rest the
+teacher's probabilities.
 
 Megatron's own `topk_kl_div` is the forward KL of this, for whole logits `[s, b, V]`, at temperature 1, with a ghost of
 `1 - sum`, which in fp32 loses what lies below 1e-7 (it takes 1e-8 for nothing). Here the rest is summed for itself.
@@ -202,8 +203,8 @@ def _joined(
         ghost: whether there are others.
 
     Returns:
-        Log-probabilities `[c, k + 1]` (`[c, k]` without a ghost); the others' sum of what is left in `logits`, `[c, 1]`;
-        and, `[c, k]` each, the places of the kept tokens in this shard and whether they lie in it.
+        Log-probabilities `[c, k + 1]` (`[c, k]` without a ghost); the sum of what is left in `logits`, `[c, 1]`; and,
+        `[c, k]` each, the places of the kept tokens in this shard and whether they lie in it.
     """
     logits -= all_reduce(logits.amax(-1), dist.ReduceOp.MAX, group)[:, None]
     places = ids.long() - _offset(logits, group)

@@ -1,4 +1,4 @@
-"""The loss against a teacher's kept tokens and ghost: its reference, the loss over all tokens, Megatron's, its memory."""
+"""The loss against a teacher's kept tokens and ghost: its reference, the whole vocabulary, Megatron's, its memory."""
 
 import pytest
 import torch
@@ -83,7 +83,7 @@ def test_with_every_token_kept_it_is_the_loss_over_all_tokens_and_else_a_part_of
             assert not torch.allclose(made[1], wanted[1], rtol=1e-3)
     # Joining outcomes only takes from a divergence.
     assert parts == sorted(parts, reverse=True)
-    assert parts[-1] < 0.9 * parts[0]
+    assert parts[-1] < 0.97 * parts[0]
 
 
 def test_it_is_what_the_ghost_token_formula_says_of_the_online_logits():
@@ -183,7 +183,8 @@ def test_memory_is_that_of_one_chunk():
     short, longer, whole = watched(64, 16), watched(256, 16), watched(64, 128)
     size = 16 * 512 * 4
     assert short.largest == longer.largest == size
-    assert longer.peak - short.peak <= 192 * 2 * 4 * (2 * 4 + 2)  # gradient of the hidden states, made and scaled; weight
+    # Per token more: its gradient twice (k numbers, made and scaled), and its weight.
+    assert longer.peak - short.peak <= 192 * 2 * 4 * (2 * 4 + 2)
     assert short.peak <= 3 * size
     assert whole.largest == 8 * size
 
