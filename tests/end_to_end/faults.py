@@ -364,3 +364,13 @@ def other_tokens(rank: int, words: Sequence[str], *, sample: int) -> None:
         return found
 
     RoleDataset.__getitem__ = changed  # type: ignore[method-assign]
+
+
+def no_teacher(rank: int, words: Sequence[str]) -> None:
+    """A frozen teacher cannot be made."""
+    from megatron_elastic.training import _Attach
+
+    def refused(*_: Any) -> Any:
+        raise AssertionError("a teacher was made")
+
+    _Attach._teacher = refused  # type: ignore[method-assign]

@@ -113,7 +113,8 @@ TP2_DP2 = {**ONE_STAGE, **APART, "tensor-model-parallel-size": 2, "sequence-para
 
 def cached(mode: str, **more: Any) -> dict[str, Any]:
     """Settings of a run with another teacher, through a cache beside the folders of the runs."""
-    return {"teacher": "other", "teacher_cache": {"folder": "../cache", "top_k": 16, "mode": mode, **more}}
+    cache = {"folder": "../cache", "top_k": 16, "mode": mode, **more}
+    return {"teacher": "other", "save_interval": 100, "teacher_cache": cache}
 
 
 def told(run: Run) -> dict[str, str]:
@@ -135,10 +136,13 @@ def test_a_teacher_cache_is_written_on_two_layouts_and_read_on_others(
     )
     assert "written; the teacher runs (8 of 12 training samples, 4 of 4 validation samples are there" in second.text()
     by_iteration |= losses(second)
-    again = train(server, base, tmp_path / "again", ranks=4, megatron=stop, status=130, **cached("auto"))
+    alone = [hook("tests.end_to_end.faults:no_teacher")]
+    again = train(server, base, tmp_path / "again", ranks=4, megatron=stop, status=130, hooks=alone, **cached("auto"))
     assert "read, and no teacher is loaded (12 of 12 training samples" in again.text()
     assert "validation loss at iteration 2" in before
     assert told(again) == before
+    states = [small_run.state(tmp_path / name, 2) for name in ("written", "again")]
+    assert small_run.different(*states) == []
     one = train(server, base, tmp_path / "one", ranks=1, megatron={**ONE_STAGE, **APART}, **cached("read"))
     # fp32: a KL is a difference of log-probabilities of some 6 nats, each known to 4e-7; Adam's steps add some.
     wanted = [float(part.split(": ")[1]) for _, line in sorted(by_iteration.items()) for part in line.split(" | ")]
