@@ -90,6 +90,11 @@ class TeacherCache:
     mode: str = "auto"
     precision: str = "fp16"
 
+    @property
+    def bytes_per_token(self) -> int:
+        """On disk: ids of four bytes and log-probabilities, and the ghost's in fp32."""
+        return self.top_k * (4 + (2 if self.precision == "fp16" else 4)) + 4
+
     def __post_init__(self) -> None:
         if not isinstance(self.folder, str) or not self.folder:
             raise ElasticError(f"elastic.teacher_cache.folder: {self.folder!r} must be a folder")

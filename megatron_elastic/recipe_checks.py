@@ -227,6 +227,7 @@ def _stage_facts(recipe: Recipe, stage: Stage, data_parallel: int) -> dict[str, 
         "tokens": tokens,
         # The teacher's forward is a third of one training pass; while the router learns all run at full width.
         "flops_at_full_width": round(tokens * training * (students + (0 if cached else 1 / 3))),
+        "teacher_cache_bytes": 0 if recipe.teacher_cache is None else tokens * recipe.teacher_cache.bytes_per_token,
     }
 
 

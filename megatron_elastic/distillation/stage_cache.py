@@ -72,7 +72,7 @@ class StageCache:
         A collective of the world; a second call does nothing.
 
         Raises:
-            CacheError: on every rank: the cache cannot serve this stage.
+            CacheError: on every rank: the cache cannot serve this stage. On one rank: it does not see the folder.
         """
         if self._plan is not None:
             return
@@ -94,6 +94,11 @@ class StageCache:
         writes = not self.reads and groups.tp.rank() == 0 and groups.cp.rank() == 0
         if last and (self.reads or writes):
             self._index = CacheIndex(self.plan.folder, self.plan.layout)
+            if len(self._index) < self.plan.entries:
+                raise CacheError(
+                    f"{self.plan.folder}: rank {dist.get_rank()} sees {len(self._index)} entries, rank 0 "
+                    f"{self.plan.entries}: elastic.teacher_cache.folder must be shared by all nodes"
+                )
         if last and writes:
             assert self._index is not None
             self._writer = self._exit.enter_context(CacheWriter(self.plan.folder, self._index))

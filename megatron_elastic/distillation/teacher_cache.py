@@ -108,6 +108,7 @@ class StagePlan:
             recover(self.folder, self.layout)
         self.texts = {kind: text_of(recipe, number, kind) for kind in (TRAINING, VALIDATION)}
         index = CacheIndex(self.folder, self.layout)
+        self.entries = len(index)
         self.there = {kind: index.samples(text) for kind, (text, _) in self.texts.items()}
         missing = [kind for kind, (_, samples) in self.texts.items() if self.there[kind] < samples]
         if missing and settings.mode == "read":

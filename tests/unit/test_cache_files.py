@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from megatron_elastic.curriculum import TeacherCache
 from megatron_elastic.distillation import cache_files
 from megatron_elastic.distillation.cache_files import RECORD, CacheIndex, CacheWriter, EntryLayout, recover
 from megatron_elastic.errors import CacheError
@@ -209,5 +210,8 @@ def test_another_size_of_entries_is_told(tmp_path: Path) -> None:
 
 
 def test_what_an_entry_takes() -> None:
+    for precision in ("fp16", "fp32"):
+        settings = TeacherCache(folder="cache", top_k=9, precision=precision)
+        assert EntryLayout(128, 9, precision).dtype.itemsize == 128 * settings.bytes_per_token
     assert LAYOUT.dtype.itemsize == 5 * (3 * (4 + 2) + 4)
     assert EntryLayout(8192, 64, "fp32").dtype.itemsize == 8192 * (64 * 8 + 4)

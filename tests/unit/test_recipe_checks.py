@@ -116,7 +116,9 @@ def test_a_teacher_that_is_read_from_a_cache_takes_nothing() -> None:
         found, plain = gpu_memory(made, ranks, 2), gpu_memory(online, ranks, 2)
         assert found["teacher"] == (plain["teacher"] if there else 0)
         assert plain["total"] - found["total"] == (0 if there else plain["teacher"])
-        work = [facts["stages"][0]["flops_at_full_width"] for facts in (run_facts(made), run_facts(online))]
+        stages = [run_facts(each)["stages"][0] for each in (made, online)]
+        work = [stage["flops_at_full_width"] for stage in stages]
+        assert [stage["teacher_cache_bytes"] for stage in stages] == [stages[0]["tokens"] * (8 * 6 + 4), 0]
         # Three budgets at three passes' worth of a forward each, and the teacher at one.
         assert work[0] / work[1] == pytest.approx(1.0 if there else 9 / 10, rel=1e-6)
 

@@ -138,6 +138,17 @@ def test_a_miss_names_sample_hash_and_remedy(recipe: Recipe, one_rank: Any) -> N
         cache.read(batch, CPU, training=False)
 
 
+def test_a_rank_that_sees_less_than_rank_0_says_so(
+    recipe: Recipe, one_rank: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from megatron_elastic.distillation import stage_cache
+
+    write_all(recipe, one_rank)
+    monkeypatch.setattr(stage_cache, "CacheIndex", lambda *_: [])
+    with pytest.raises(CacheError, match="rank 0 sees 0 entries, rank 0 6: .* must be shared by all nodes"):
+        opened(recipe, one_rank)
+
+
 def test_values_that_are_not_finite_are_not_kept(recipe: Recipe, one_rank: Any) -> None:
     batch = batch_of(0, 1)
     target = target_of(batch)
