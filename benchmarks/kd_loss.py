@@ -1,6 +1,7 @@
 """Memory and time of the distillation loss, against its unfused reference and modelopt's.
 
     python benchmarks/kd_loss.py [--json] [--kind KIND] [--beta B] [--ce-weight C] [--hidden K] [--repeats N]
+    python benchmarks/kd_loss.py --top-k K [--json]     # of the loss against a teacher's K most probable tokens instead
 
 Memory is in units of one fp32 tensor `[s, V]`, on one process, over what goes in and the gradients that come out. Into
 our loss go hidden states and LM heads; into modelopt's go the logits of both models, two such tensors more, and out of
@@ -21,6 +22,7 @@ from benchmarks.memory import Allocations, available
 from megatron_elastic.curriculum import DIVERGENCES, DistillationLoss
 from megatron_elastic.ops.kd_loss import kd_loss, kd_loss_ref
 from megatron_elastic.ops.sliced_parameter import ExactGradient, dummy_gradient, sliced_parameter
+from megatron_elastic.ops.top_k_loss import teacher_top_k, top_k_kd_loss
 
 VOCABULARY = 131072
 TOKENS = 8192
@@ -129,6 +131,41 @@ def over_reference(tokens: int, hidden: int, loss: DistillationLoss, repeats: in
     return {f"{name}_over_reference": best[name, kd_loss] / best[name, kd_loss_ref] for name in clocks}
 
 
+def kept_tokens(hidden: int, k: int, loss: DistillationLoss, repeats: int) -> dict[str, Any]:
+    """Peaks of choosing the teacher's tokens and of the loss against them, and times over `kd_loss`'s, in turns."""
+    budget, unit, best = inputs(TOKENS, hidden), TOKENS * VOCABULARY * 4, dict[tuple[str, str], float]()
+    targets = labels(TOKENS)
+    with Allocations() as allocations:
+        kept = teacher_top_k(*budget[2:4], k)
+    found: dict[str, Any] = {"top_k": k, "peak_over_logits_selection": allocations.peak(kept) / unit}
+    with Allocations() as allocations:
+        made = torch.autograd.grad(top_k_kd_loss(*budget[:2], *kept, budget[4], loss=loss, labels=targets), budget[:2])
+    found["peak_over_logits_top_k"] = allocations.peak(made) / unit
+    del budget, kept, made, allocations
+    budget, targets = inputs(TIMED_TOKENS, hidden), labels(TIMED_TOKENS)
+    kept = teacher_top_k(*budget[2:4], k)
+    timed: dict[str, Callable[[], Any]] = {
+        "kd_loss": lambda: torch.autograd.grad(kd_loss(*budget, loss=loss, labels=targets)[0], budget[:2]),
+        "selection": lambda: teacher_top_k(*budget[2:4], k),
+        "top_k": lambda: torch.autograd.grad(
+            top_k_kd_loss(*budget[:2], *kept, budget[4], loss=loss, labels=targets), budget[:2]
+        ),
+    }
+    clocks = {"time": time.perf_counter, "cpu_time": time.process_time}
+    for _ in range(repeats):
+        for what, function in timed.items():
+            start = {name: clock() for name, clock in clocks.items()}
+            function()
+            for name, clock in clocks.items():
+                passed = clock() - start[name]
+                best[name, what] = min(best.get((name, what), passed), passed)
+    for name in clocks:
+        for what in ("selection", "top_k"):
+            found[f"{name}_over_kd_loss_{what}"] = best[name, what] / best[name, "kd_loss"]
+    where = {"s": TOKENS, "vocabulary": VOCABULARY, "hidden": hidden, "loss": vars(loss), "s_time": TIMED_TOKENS}
+    return {**where, **found}
+
+
 def measure(hidden: int, loss: DistillationLoss, repeats: int) -> dict[str, Any]:
     """Every number, by its name."""
     fits = [tokens for tokens in (1024, 512, 256) if UNFUSED_TENSORS * tokens * VOCABULARY * 4 < 0.75 * available()]
@@ -162,11 +199,15 @@ def main() -> None:
     parser.add_argument("--beta", type=float, default=0.5)
     parser.add_argument("--ce-weight", type=float, default=0.0)
     parser.add_argument("--hidden", type=int, default=256, help="the teacher's hidden size")
+    parser.add_argument("--top-k", type=int, help="tokens of the teacher that are kept; other numbers are not measured")
     parser.add_argument("--repeats", type=int, default=5, help="of the timed runs")
     asked = parser.parse_args()
     loss = DistillationLoss(kind=asked.kind, beta=asked.beta, ce_weight=asked.ce_weight)
     start = time.perf_counter()
-    found = measure(asked.hidden, loss, asked.repeats)
+    if asked.top_k is None:
+        found = measure(asked.hidden, loss, asked.repeats)
+    else:
+        found = kept_tokens(asked.hidden, asked.top_k, loss, asked.repeats)
     found["seconds"] = time.perf_counter() - start
     found = {name: round(value, 4) if isinstance(value, float) else value for name, value in found.items()}
     if asked.json:

@@ -15,6 +15,7 @@ from megatron_elastic.curriculum import (
     Evaluation,
     PretrainRun,
     Stage,
+    TeacherCache,
     section,
 )
 from megatron_elastic.errors import RecipeError
@@ -66,6 +67,7 @@ class Recipe:
         train_data, validation_data: data prefixes.
         temperature: of the KD softmax.
         loss: divergence from the teacher, and what is added to it.
+        teacher_cache: where the teacher's most probable tokens are kept; None: it runs for every step.
     """
 
     megatron: Mapping[str, Any]
@@ -86,6 +88,7 @@ class Recipe:
     save_interval: int
     evaluation: Evaluation
     calibration: Calibration
+    teacher_cache: TeacherCache | None = None
     source: str = "recipe"
 
     @property
@@ -144,6 +147,7 @@ KNOWN_KEYS = (
     *("parent", "save", "train_data", "validation_data", "ffn_blocks", "axes", "budgets", "selections", "router"),
     *("stages", "temperature", "loss", "save_interval", "evaluation", "calibration", "teacher", "budget_mode"),
     *("heterogeneous", "depth_ranking", "expert_blocks", "deployment", "latency_table", "teacher_precision"),
+    "teacher_cache",
 )
 BUDGET_MODES = ("joint", "sampled")
 REQUIRED_KEYS = ("parent", "save", "train_data", "validation_data", "axes", "budgets", "stages")
@@ -252,6 +256,29 @@ def _single(elastic: Mapping[str, Any], faults: list[str]) -> dict[str, Any]:
     }
 
 
+def _teacher_cache(
+    raw: Any, stages: Sequence[Stage], vocabulary: int | None, faults: list[str]
+) -> TeacherCache | None:
+    if raw is None:
+        return None
+    cache = section(TeacherCache, raw, "elastic.teacher_cache", faults)
+    if cache is None:
+        return None
+    most = cache.top_k if vocabulary is None else vocabulary - 1
+    if not 1 <= cache.top_k <= most:
+        faults.append(
+            f"elastic.teacher_cache.top_k: {cache.top_k} must lie between 1 and {most}, one less than the vocabulary: "
+            "what is not kept is one entry"
+        )
+    for number, stage in enumerate(stages):
+        if "trainable" in (stage.teacher.values() if isinstance(stage.teacher, Mapping) else [stage.teacher]):
+            faults.append(
+                f"elastic.stages[{number}].teacher: trainable, and elastic.teacher_cache is given: a teacher that "
+                "changes with every step cannot be read from a cache; use `teacher: frozen`, or no cache"
+            )
+    return cache
+
+
 def _reachable(family: Family, tolerance: float, faults: list[str]) -> None:
     if len(family.choices["depth"]) > 1 and not family.depth_ranking:
         return  # which layers a choice of depth skips is not known before the parent is ranked
@@ -345,6 +372,7 @@ def parse_recipe(raw: Any, *, world_size: int | None = None, source: str = "reci
     evaluation = section(Evaluation, elastic.get("evaluation", {}), "elastic.evaluation", faults)
     calibration = section(Calibration, elastic.get("calibration", {}), "elastic.calibration", faults)
     loss = section(DistillationLoss, elastic.get("loss", {}), "elastic.loss", faults)
+    cache = _teacher_cache(elastic.get("teacher_cache"), stages, shape.vocab if shape else None, faults)
     if faults or family is None or evaluation is None or calibration is None or loss is None:
         raise RecipeError(faults, source)
     return Recipe(
@@ -357,6 +385,7 @@ def parse_recipe(raw: Any, *, world_size: int | None = None, source: str = "reci
         evaluation=evaluation,
         calibration=calibration,
         loss=loss,
+        teacher_cache=cache,
         source=source,
         **single,
     )

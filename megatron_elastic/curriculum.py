@@ -69,6 +69,40 @@ class DistillationLoss:
 
 
 FORWARD_KL = DistillationLoss()
+CACHE_MODES = ("auto", "write", "read")
+CACHE_PRECISIONS = ("fp16", "fp32")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeacherCache:
+    """Where the frozen teacher's most probable tokens are kept, so that it runs once for a text.
+
+    Attributes:
+        folder: of the cache.
+        top_k: tokens that are kept; the probability of all others is one entry more, the ghost token's.
+        mode: of every stage: `write` (the teacher runs, and what is not in the cache is added), `read` (no teacher is
+            loaded; whatever is missing is an error), or `auto` (`read` where the whole stage is there, else `write`).
+        precision: of the kept log-probabilities, `fp16` or `fp32`; the ghost's is always fp32.
+    """
+
+    folder: str
+    top_k: int
+    mode: str = "auto"
+    precision: str = "fp16"
+
+    @property
+    def bytes_per_token(self) -> int:
+        """On disk: ids of four bytes and log-probabilities, and the ghost's in fp32."""
+        return self.top_k * (4 + (2 if self.precision == "fp16" else 4)) + 4
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.folder, str) or not self.folder:
+            raise ElasticError(f"elastic.teacher_cache.folder: {self.folder!r} must be a folder")
+        for key, known in (("mode", CACHE_MODES), ("precision", CACHE_PRECISIONS)):
+            if getattr(self, key) not in known:
+                raise ElasticError(
+                    f"elastic.teacher_cache.{key}: {getattr(self, key)!r} must be one of {list(known)}"
+                )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -145,7 +145,9 @@ def _chunks(args: Any, recipe: Recipe, groups: ProcessGroupCollection) -> list[E
     ]
 
 
-def _measure(args: Any, chunks: list[ElasticHybridModel], groups: ProcessGroupCollection) -> RankMemory:
+def _measure(
+    args: Any, chunks: list[ElasticHybridModel], groups: ProcessGroupCollection, teacher: bool
+) -> RankMemory:
     stage, count, weights, gradients, optimizer = groups.pp.rank(), 0, 0, 0, 0
     for chunk in chunks:
         for parameter in chunk.parameters():
@@ -160,7 +162,7 @@ def _measure(args: Any, chunks: list[ElasticHybridModel], groups: ProcessGroupCo
             optimizer += round(shared)
     layers = tuple(layer.layer_number - 1 for chunk in chunks for layer in chunk.decoder.layers)
     ranks = args.world_size // args.pipeline_model_parallel_size
-    return RankMemory(stage, ranks, layers, count, weights, weights, gradients, optimizer)
+    return RankMemory(stage, ranks, layers, count, weights, weights if teacher else 0, gradients, optimizer)
 
 
 def dry_run(recipe: Recipe, world_size: int) -> list[RankMemory]:
@@ -177,10 +179,11 @@ def dry_run(recipe: Recipe, world_size: int) -> list[RankMemory]:
         RecipeError: Megatron refuses the flags.
     """
     args = _arguments(recipe, world_size)
+    teacher = recipe.teacher_cache is None or recipe.teacher_cache.mode != "read"
     found = []
     for stage in range(args.pipeline_model_parallel_size):
         with _fake_world(args, stage * (world_size // args.pipeline_model_parallel_size)) as groups, _OnMeta():
-            found.append(_measure(args, _chunks(args, recipe, groups), groups))
+            found.append(_measure(args, _chunks(args, recipe, groups), groups, teacher))
     return found
 
 

@@ -37,3 +37,7 @@ class CheckpointError(ElasticError):
 
 class CorpusError(ElasticError):
     """A text folder, tokenizer or data set that cannot be used."""
+
+
+class CacheError(ElasticError):
+    """A teacher cache that is incomplete, damaged, or another teacher's."""

@@ -15,7 +15,8 @@ from megatron_elastic.batch import rank_batch
 from megatron_elastic.budget import Selection
 from megatron_elastic.config import Recipe, Stage
 from megatron_elastic.distillation.roles import LIVE_TEACHER, OF_KIND
-from megatron_elastic.layers.linear import TeacherTarget
+from megatron_elastic.distillation.stage_cache import StageCache
+from megatron_elastic.layers.linear import TeacherTarget, TopKTarget
 from megatron_elastic.layers.moe_role import MoeRole
 from megatron_elastic.layers.quantized_once import weights_changed
 from megatron_elastic.loss_checks import check_loss
@@ -53,22 +54,29 @@ class JointStep:
 
     Where a budget's teacher is trainable, the teacher's turn runs the full budget as it is, without a gradient; and the
     full budget's own turn learns from the text: `ce_weight` times the cross entropy in place of a KL that is zero.
+
+    With a teacher cache the turn of the frozen teacher stays, though a stage that reads runs nothing in it: Megatron's
+    counts of samples, its learning rate among them, are the same either way, and a run may be stopped while it writes
+    and go on reading.
     """
 
-    def __init__(self, recipe: Recipe, state: FamilyState, stage: Stage, log: StepLog) -> None:
+    def __init__(
+        self, recipe: Recipe, state: FamilyState, stage: Stage, log: StepLog, cache: StageCache | None = None
+    ) -> None:
         """Args:
         recipe: checked recipe.
         state: the family's state, saved with the model.
         stage: for the budgets' weights and the kind of teacher.
         log: where router and accounting go.
+        cache: of the frozen teacher.
         """
-        self.recipe, self.state, self.stage, self.log = recipe, state, stage, log
+        self.recipe, self.state, self.stage, self.log, self.cache = recipe, state, stage, log, cache
         budgets = recipe.family.budgets
         self.teachers = [OF_KIND[kind] for kind in stage.teachers([budget.name for budget in budgets])]
         self.names = [f"{'ce' if self._from_text(number) else 'kd'} {b.name}" for number, b in enumerate(budgets)]
         self.sampled = recipe.budget_mode == "sampled"
         self.losses = LossLog(self.names, log.interval)
-        self._targets: dict[int, TeacherTarget] = {}
+        self._targets: dict[int, TeacherTarget | TopKTarget] = {}
         self._provisional: tuple[int, tuple[Selection, ...]] = (-1, ())
         self._iteration = -1
 
@@ -107,6 +115,8 @@ class JointStep:
         if trainer is not None and trainer.commit() and done >= trainer.router.config.iterations:
             self._decide(done)
         self.state.update(iteration=done)
+        if self.cache is not None:
+            self.cache.commit()
         means = self.losses.committed(done)
         if self.sampled:
             self.log.write(means, done)
@@ -151,10 +161,12 @@ class JointStep:
         training = chunk.training
         tokens, positions, mask = local["tokens"], local["position_ids"], local["loss_mask"].float()
         if budget in OF_KIND.values():
-            live = budget == LIVE_TEACHER
-            hidden = model(tokens, positions, run_teacher=True, live_teacher=live, documents=documents)
+            live, cached = budget == LIVE_TEACHER, self.cache is not None and self.cache.reads
+            hidden = model(
+                tokens, positions, run_teacher=True, live_teacher=live, cached_teacher=cached, documents=documents
+            )
             if chunk.post_process:
-                self._targets[budget] = chunk.teacher_target(hidden, live)
+                self._targets[budget] = self._target(chunk, hidden, batch, live)
             return hidden, partial(self._teacher_loss, training=training)
         from_text = self._from_text(budget)
         output = model(
@@ -185,6 +197,17 @@ class JointStep:
             return scaled, count.to(torch.int), metrics
 
         return output, loss
+
+    def _target(
+        self, chunk: ElasticHybridModel, hidden: Tensor, batch: dict[str, Tensor], live: bool
+    ) -> TeacherTarget | TopKTarget:
+        """What the budgets of a batch are compared with."""
+        if self.cache is None:
+            return chunk.teacher_target(hidden, live)
+        if self.cache.reads:
+            return self.cache.read(batch, hidden.device, training=chunk.training)
+        target = chunk.top_k_target(hidden, self.cache.settings.top_k, self.recipe.temperature)
+        return self.cache.write(batch, target, training=chunk.training)
 
     def _moe_role(self, budget: int) -> MoeRole:
         """Only the full budget's tokens move the experts' biases; auxiliary losses weigh as the budget's loss does."""

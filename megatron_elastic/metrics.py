@@ -14,26 +14,34 @@ from megatron_elastic.metadata import Metadata
 
 
 def joint_flops_per_token(
-    recipe: Recipe, metadata: Metadata, sequence_length: int, weights: Sequence[float] = ()
+    recipe: Recipe,
+    metadata: Metadata,
+    sequence_length: int,
+    weights: Sequence[float] = (),
+    *,
+    teacher_runs: bool = True,
 ) -> float:
     """Floating point operations of one step for one base token: teacher forward, students forward and back.
 
-    While the router learns every student runs at full width. The teacher's LM head counts once a student.
+    While the router learns every student runs at full width. The teacher's LM head counts once a student, or once where
+    what it says is written to a cache.
 
     Args:
         recipe: with its budget mode.
         metadata: with the selections, once they are decided.
         sequence_length: tokens.
         weights: of the budgets, where one is drawn: the mean over the draws.
+        teacher_runs: rather than being read from a cache.
     """
     shape, budgets = recipe.family.shape, len(recipe.family.budgets)
-    full = forward_flops_per_token(shape, shape.full, sequence_length)
+    full = forward_flops_per_token(shape, shape.full, sequence_length) if teacher_runs else 0.0
     kept = metadata.selections or (recipe.family.full,) * budgets
     layers = len(shape.pattern)
     students = [forward_flops_per_token(shape, s.sizes, sequence_length, s.gates(layers)) for s in kept]
     if recipe.budget_mode == "sampled":
         return full + 3 * sum(share * flops for share, flops in zip(weights, students, strict=True))
-    return full + (budgets - 1) * 2 * shape.vocab * shape.hidden + 3 * sum(students)
+    heads = budgets - 1 if recipe.teacher_cache is None else 0
+    return full + heads * 2 * shape.vocab * shape.hidden + 3 * sum(students)
 
 
 class StepLog:
@@ -41,6 +49,7 @@ class StepLog:
 
     def __init__(self, recipe: Recipe, stage: int, interval: int) -> None:
         self.recipe, self.stage, self.interval = recipe, stage, max(1, interval)
+        self.teacher_runs = True
         self._since: tuple[int, float] | None = None
         self._described = False
 
@@ -67,7 +76,9 @@ class StepLog:
         if self._since is not None and iteration > self._since[0]:
             tokens = (iteration - self._since[0]) * stage.global_batch_size * stage.sequence_length
             rate = tokens / (now - self._since[1])
-            flops = joint_flops_per_token(self.recipe, state.metadata, stage.sequence_length, stage.weights)
+            flops = joint_flops_per_token(
+                self.recipe, state.metadata, stage.sequence_length, stage.weights, teacher_runs=self.teacher_runs
+            )
             text += f" | base tokens/s {rate:.0f} | joint GFLOP/s {rate * flops / 1e9:.1f}"
         self._since = iteration, now
         self._say(text)

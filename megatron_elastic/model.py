@@ -20,7 +20,7 @@ from megatron_elastic.budget import Selection
 from megatron_elastic.curriculum import FORWARD_KL, DistillationLoss
 from megatron_elastic.errors import CheckpointError
 from megatron_elastic.family import Family
-from megatron_elastic.layers.linear import ElasticLMHead, TeacherTarget
+from megatron_elastic.layers.linear import ElasticLMHead, TeacherTarget, TopKTarget
 from megatron_elastic.layers.moe_role import MoeRole
 from megatron_elastic.layers.packing import documents_of_any
 from megatron_elastic.metadata import ROUTER_PREFIX, Metadata
@@ -169,7 +169,8 @@ class ElasticHybridModel(HybridModel):
         probabilities: Mapping[str, Tensor] | None = None,
         run_teacher: bool = False,
         live_teacher: bool = False,
-        teacher: TeacherTarget | None = None,
+        cached_teacher: bool = False,
+        teacher: TeacherTarget | TopKTarget | None = None,
         labels: Tensor | None = None,
         loss_mask: Tensor | None = None,
         temperature: float = 1.0,
@@ -192,6 +193,8 @@ class ElasticHybridModel(HybridModel):
                 leaves it be.
             run_teacher: runs the frozen teacher instead and returns its final hidden states.
             live_teacher: with `run_teacher`: the parent as it is now is the teacher.
+            cached_teacher: with `run_teacher`: nothing is run, what the teacher says is read from a cache; what is
+                returned has the shape of hidden states and says nothing.
             teacher: on the last stage, returns the summed KD loss against it.
             labels: `[b, s]`: on the last stage and without `teacher`, returns the summed cross entropy; with it, for
                 the cross entropy that `loss` adds.
@@ -217,6 +220,8 @@ class ElasticHybridModel(HybridModel):
                 raise ValueError("documents and packed_seq_params say the same: pass one of the two")
             tokens = input_ids.size(1) * self.pg_collection.cp.size()
             documents = documents_of_any(packed_seq_params, input_ids.size(0), tokens)
+        if run_teacher and cached_teacher:
+            return self._empty_turn(input_ids)
         if run_teacher:
             teaching = self if live_teacher else self._frozen_teacher()
             return self._teacher_forward(teaching, input_ids, position_ids, documents)
@@ -258,6 +263,22 @@ class ElasticHybridModel(HybridModel):
         if received is None or not received.requires_grad:
             return hidden
         return _Tie.apply(hidden, received)  # type: ignore[no-any-return]
+
+    def _empty_turn(self, input_ids: Tensor) -> Tensor:
+        """What this stage hands on in the turn of a teacher that is not run."""
+        received = None if self.pre_process else self.decoder.input_tensor
+        batch, tokens = input_ids.shape
+        tokens //= self.pg_collection.tp.size() if self.config.sequence_parallel else 1
+        dtype = self.config.pipeline_dtype or self.config.params_dtype
+        empty = torch.zeros(tokens, batch, self.config.hidden_size, dtype=dtype, device=input_ids.device)
+        if received is None or not received.requires_grad:
+            return empty
+        return _Tie.apply(empty, received)  # type: ignore[no-any-return]
+
+    def top_k_target(self, hidden: Tensor, k: int, temperature: float) -> TopKTarget:
+        """The same of the frozen teacher's `k` most probable tokens alone."""
+        target: TopKTarget = self._frozen_teacher().output_layer.top_k_target(hidden.detach(), k, temperature)
+        return target
 
     def teacher_target(self, hidden: Tensor, live: bool = False) -> TeacherTarget:
         """What the students of a batch are compared with: the teacher's final hidden states and its LM head."""

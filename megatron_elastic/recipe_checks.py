@@ -163,6 +163,7 @@ def gpu_memory(recipe: Recipe, ranks: Ranks, gpus: int) -> dict[str, int]:
     flags = recipe.megatron
     pp = ranks.copy // (ranks.tp * ranks.cp)
     stages = pipeline(recipe, pp)
+    cached = recipe.teacher_cache is not None and recipe.teacher_cache.mode == "read"
     virtual = max(1, (str(flags["hybrid-layer-pattern"]).count("|") + 1) // pp)
     width = 2 if flags.get("bf16") else 4
     replicas = gpus // (ranks.tp * pp)
@@ -178,7 +179,7 @@ def gpu_memory(recipe: Recipe, ranks: Ranks, gpus: int) -> dict[str, int]:
         in_flight = pp - position if virtual == 1 else (warm_up + 1) / virtual
         found = {
             "weights": width * (experts + others),
-            "teacher": width * (experts + others),
+            "teacher": 0 if cached else width * (experts + others),
             "gradients": 4 * (experts + others),
             "optimizer": (8 + (4 if width == 2 else 0)) * states,
             "activations": max(_activations(recipe, ranks, layers, stage, in_flight) for stage in recipe.stages),
@@ -198,6 +199,7 @@ def _stage_facts(recipe: Recipe, stage: Stage, data_parallel: int) -> dict[str, 
     tokens = stage.iterations * stage.global_batch_size * stage.sequence_length
     students = 1 if recipe.budget_mode == "sampled" else budgets
     training = training_flops_per_token(shape, shape.full, stage.sequence_length)
+    cached = recipe.teacher_cache is not None and recipe.teacher_cache.mode == "read"
     return {
         "steps": stage.iterations,
         "sequence_length": stage.sequence_length,
@@ -206,7 +208,8 @@ def _stage_facts(recipe: Recipe, stage: Stage, data_parallel: int) -> dict[str, 
         "tokens_a_step": stage.global_batch_size * stage.sequence_length,
         "tokens": tokens,
         # The teacher's forward is a third of one training pass; while the router learns all run at full width.
-        "flops_at_full_width": round(tokens * training * (students + 1 / 3)),
+        "flops_at_full_width": round(tokens * training * (students + (0 if cached else 1 / 3))),
+        "teacher_cache_bytes": 0 if recipe.teacher_cache is None else tokens * recipe.teacher_cache.bytes_per_token,
     }
 
 

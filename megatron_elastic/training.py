@@ -3,6 +3,7 @@
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from megatron_elastic.batch import rank_batch
 from megatron_elastic.checkpoint import find_checkpoint, fused_norms, save_faults_are_told
 from megatron_elastic.config import Recipe, Stage
 from megatron_elastic.distillation.roles import OF_KIND, JointRoles, RoleDataset, Roles, SampledRoles
+from megatron_elastic.distillation.stage_cache import StageCache
 from megatron_elastic.errors import CheckpointError
 from megatron_elastic.family import Family
 from megatron_elastic.forward_step import JointStep
@@ -151,7 +153,24 @@ class _Attach:
         pg_collection: ProcessGroupCollection,
         vp_stage: int | None,
     ) -> None:
+        cache = self.step.cache
+        if cache is not None:
+            cache.open(pg_collection)
+            self.step.log.teacher_runs = not cache.reads
         load_parent(model, self.recipe.parent)
+        if cache is None or not cache.reads:
+            model.teachers = (self._teacher(builder, model, pg_collection, vp_stage),)
+        if not vp_stage:
+            model.states = (self.state,)
+            self.step.attach(model.config)
+
+    def _teacher(
+        self,
+        builder: ElasticModelBuilder,
+        model: ElasticHybridModel,
+        pg_collection: ProcessGroupCollection,
+        vp_stage: int | None,
+    ) -> ElasticHybridModel:
         quantised = self.recipe.teacher_precision == QUANTISED
         teacher = builder.build_plain(
             pg_collection, model.pre_process, model.post_process, vp_stage, quantised=quantised
@@ -161,10 +180,7 @@ class _Attach:
         teacher.eval()
         teacher.cuda(torch.cuda.current_device())
         weights_changed(teacher)
-        model.teachers = (teacher,)
-        if not vp_stage:
-            model.states = (self.state,)
-            self.step.attach(model.config)
+        return teacher
 
 
 def make_router(recipe: Recipe, family: Family) -> Router | None:
@@ -213,7 +229,8 @@ def train_stage(recipe: Recipe, number: int) -> None:
         ),
         trainer,
     )
-    step = JointStep(recipe, state, stage, StepLog(recipe, number, args.log_interval))
+    cache = None if recipe.teacher_cache is None else StageCache(recipe, number, recipe.teacher_cache)
+    step = JointStep(recipe, state, stage, StepLog(recipe, number, args.log_interval), cache)
     config = hybrid_config_from_args(args, model_config_cls=ElasticModelConfig)
     config.family, config.backend = recipe.family, args.transformer_impl
     config.precision = recipe.precision if args.transformer_impl == LOCAL else None
@@ -234,7 +251,7 @@ def train_stage(recipe: Recipe, number: int) -> None:
         start=recipe.base_samples_before(number) * recipe.roles,
         samples=stage.iterations * stage.global_batch_size,
     )
-    with save_faults_are_told(recipe.save):
+    with save_faults_are_told(recipe.save), cache or nullcontext():
         pretrain(pretrain_cfg_container_from_args(args, config), text, ModelType.encoder_or_decoder, step)
 
 

@@ -6,7 +6,14 @@ A parameter goes by its stock name (`decoder.layers.3.mixer.in_proj.weight`) eve
 from megatron_elastic.checkpoint.arguments import model_arguments, model_flags
 from megatron_elastic.checkpoint.carried import CARRIED, carried_files, carry, copy_files
 from megatron_elastic.checkpoint.folders import require_free, whole_or_nothing
-from megatron_elastic.checkpoint.integrity import add_manifest, find_verified, has_manifest, verify
+from megatron_elastic.checkpoint.integrity import (
+    add_manifest,
+    digests_of,
+    find_verified,
+    has_manifest,
+    verify,
+    write_atomically,
+)
 from megatron_elastic.checkpoint.names import FUSED_NORMS, STORED_IN_PARTS, TRACKER, TensorInfo, expert_of, stored_names
 from megatron_elastic.checkpoint.reading import (
     find_checkpoint,
@@ -46,6 +53,7 @@ __all__ = [
     "carry",
     "copy_files",
     "digest",
+    "digests_of",
     "expert_of",
     "find_checkpoint",
     "find_verified",
@@ -73,6 +81,7 @@ __all__ = [
     "tracked",
     "verify",
     "whole_or_nothing",
+    "write_atomically",
     "write_checkpoint",
     "write_faults_are_told",
 ]

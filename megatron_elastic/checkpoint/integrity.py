@@ -117,6 +117,19 @@ def _state(path: Path) -> tuple[tuple[str, int, int], ...]:
     return tuple(sorted((name, status.st_size, status.st_mtime_ns) for name, status in files))
 
 
+def digests_of(path: Path) -> dict[str, str]:
+    """SHA-256 of every file of a checkpoint: what its manifest says, or, without one, of the files as they are.
+
+    Args:
+        path: folder of the iteration.
+
+    Raises:
+        CheckpointError: the manifest is damaged.
+    """
+    found = _read_manifest(path)
+    return found or _digests(path, sorted(each.name for each in path.iterdir() if each.is_file()), progress=False)
+
+
 def has_manifest(path: Path) -> bool:
     """Whether a checkpoint was saved with Megatron's `--verify-integrity`."""
     return (path / MANIFEST).exists()

@@ -256,11 +256,13 @@ def _print_run(run: Mapping[str, Any], stages: Sequence[Mapping[str, Any]], memo
     layout = ", ".join(f"{name.replace('_', ' ')} {run[name]}" for name in ("TP", "PP", "CP", "DP", "EP", "expert_TP"))
     print(f"run: {run['gpus']} GPU(s): {layout}; {run['steps']:,} steps, {_short(run['tokens'])} tokens")
     for number, stage in enumerate(stages, start=1):
+        cache = stage["teacher_cache_bytes"]
         print(
             f"stage {number}: {stage['steps']:,} steps of {stage['global_batch_size']:,} x "
             f"{stage['sequence_length']:,} tokens, {stage['microbatches']} microbatches a step and rank (the teacher's "
             "counted); "
             f"{_short(stage['tokens'])} tokens, {stage['flops_at_full_width']:.2e} FLOP at full width"
+            f"{f', a teacher cache of {_both(cache)}' if cache else ''}"
         )
     parts = ", ".join(f"{name} {_both(count)}" for name, count in memory.items() if name != "total")
     print(f"memory of the fullest GPU, an estimate: {_both(memory['total'])}: {parts}")

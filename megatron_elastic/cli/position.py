@@ -25,6 +25,7 @@ from megatron_elastic.checkpoint import (
 from megatron_elastic.cli import options
 from megatron_elastic.cli.launch import gpu_count
 from megatron_elastic.config import Recipe
+from megatron_elastic.distillation.teacher_cache import check_cache
 from megatron_elastic.errors import CheckpointError, CorpusError
 from megatron_elastic.metadata import Metadata
 from megatron_elastic.parents import with_ranked_layers
@@ -211,11 +212,13 @@ def check_parent(recipe: Recipe) -> None:
 
     Raises:
         CheckpointError: no checkpoint where the recipe says, a damaged one, other parameters, or another block order.
+        CacheError: the teacher cache is another teacher's, or of other settings.
     """
     for role, place in {"parent": recipe.parent, "teacher": recipe.teacher}.items():
         if role == "parent" or place != recipe.parent:
             _check_model(recipe, role, place)
     with_ranked_layers(recipe)
+    check_cache(recipe)
 
 
 def _check_model(recipe: Recipe, role: str, place: str) -> None:

@@ -90,7 +90,7 @@ class SampledRoles:
 
 
 class RoleDataset(torch.utils.data.Dataset[dict[str, Any]]):
-    """Maps an index to (base sample, role); an item carries the `budget` that runs it."""
+    """Maps an index to (base sample, role); an item carries the `budget` that runs it, and its number `sample`."""
 
     def __init__(
         self, base: Any, *, roles: Roles, group: int, samples: int, start: int = 0, period: int | None = None
@@ -124,4 +124,4 @@ class RoleDataset(torch.utils.data.Dataset[dict[str, Any]]):
         if index < self.start:
             raise IndexError(f"index {index} lies before this stage's first index {self.start}")
         sample, role = self.at(index)
-        return {**self.base[sample], "budget": self.roles.budget(role, sample)}
+        return {**self.base[sample], "budget": self.roles.budget(role, sample), "sample": sample}

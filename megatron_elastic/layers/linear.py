@@ -22,6 +22,7 @@ from megatron_elastic.ops.cross_entropy import cross_entropy
 from megatron_elastic.ops.fp8 import fp8_linear_ref
 from megatron_elastic.ops.kd_loss import kd_loss
 from megatron_elastic.ops.sliced_parameter import packed_again, sliced_parameter
+from megatron_elastic.ops.top_k_loss import teacher_top_k, top_k_kd_loss
 from megatron_elastic.precision import Scaling
 
 
@@ -164,8 +165,38 @@ class TeacherTarget:
     log_sum_exp: Tensor | None = None
 
 
+@dataclass
+class TopKTarget:
+    """The same where only the teacher's most probable tokens are known; nothing of the model is read for it.
+
+    Attributes:
+        ids: `[s, b, k]` int32, of whole sequences (of a context-parallel rank's share).
+        log_probs: `[s, b, k + 1]`, at the temperature of the loss; the last is the ghost token's.
+    """
+
+    ids: Tensor
+    log_probs: Tensor
+
+    def rounded(self, precision: str) -> "TopKTarget":
+        """What is left where the kept log-probabilities are stored in `fp16` or `fp32`; the ghost's is in fp32."""
+        stored = self.log_probs.float()
+        if precision == "fp16":
+            stored[..., :-1] = stored[..., :-1].half()
+        return TopKTarget(self.ids, stored.to(self.log_probs.dtype))
+
+
 class ElasticLMHead(ElasticColumnParallelLinear):
     """The output layer: logits of a slice, or the loss, so that no `[s, b, V]` tensor need exist."""
+
+    def top_k_target(self, hidden: Tensor, k: int, temperature: float) -> TopKTarget:
+        """The `k` most probable tokens at final hidden states `[s, b, h]` (`[s / TP, b, h]` with sequence parallelism).
+
+        For a frozen head: nothing waits for its weight to be gathered.
+        """
+        with torch.no_grad():
+            whole = self._whole_sequence(hidden)
+        group = self.tp_group if self.tp_group.size() > 1 else None
+        return TopKTarget(*teacher_top_k(whole, self.weight.detach(), k, temperature=temperature, group=group))
 
     def _whole_sequence(self, hidden: Tensor) -> Tensor:
         if self.sequence_parallel:
@@ -179,7 +210,7 @@ class ElasticLMHead(ElasticColumnParallelLinear):
         runtime_gather_output: bool | None = None,
         *,
         segments: tuple[Segments | None, ...] | None = None,
-        teacher: TeacherTarget | None = None,
+        teacher: TeacherTarget | TopKTarget | None = None,
         labels: Tensor | None = None,
         token_weights: Tensor | None = None,
         temperature: float = 1.0,
@@ -191,7 +222,7 @@ class ElasticLMHead(ElasticColumnParallelLinear):
             input_: final hidden states, `[s, b, kept hidden]`.
             weight, runtime_gather_output: as in core (logits only).
             segments: kept rows and columns of the weight; None uses all of it.
-            teacher: target of the distillation; its `log_sum_exp` is filled.
+            teacher: target of the distillation; the `log_sum_exp` of a `TeacherTarget` is filled.
             labels: `[b, s]`; with `teacher`, for the cross entropy that `loss` adds.
             token_weights: `[b, s]`, the loss mask.
             temperature: of the KD softmax.
@@ -209,6 +240,19 @@ class ElasticLMHead(ElasticColumnParallelLinear):
         if teacher is None:
             assert targets is not None
             return cross_entropy(hidden, kept, targets, mask, group=group), None
+        if isinstance(teacher, TopKTarget):
+            total = top_k_kd_loss(
+                hidden,
+                kept,
+                teacher.ids,
+                teacher.log_probs,
+                mask,
+                temperature=temperature,
+                loss=loss,
+                labels=targets,
+                group=group,
+            )
+            return total, None
         with torch.no_grad():
             target = self._whole_sequence(teacher.hidden)
         total, teacher.log_sum_exp = kd_loss(

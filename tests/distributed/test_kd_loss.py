@@ -10,6 +10,7 @@ import torch.multiprocessing as mp
 from megatron_elastic.curriculum import DistillationLoss
 from megatron_elastic.ops.cross_entropy import cross_entropy
 from megatron_elastic.ops.kd_loss import kd_loss, kd_loss_ref
+from megatron_elastic.ops.top_k_loss import teacher_top_k, top_k_kd_loss, top_k_kd_loss_ref
 
 pytestmark = pytest.mark.distributed
 
@@ -69,6 +70,29 @@ def check_rank(rank, store_path):
         inside = {**settings, "labels": labels % half}
         alone, _ = kd_loss(hidden, part, teacher_hidden, teacher_weight[shard], weights, **inside)
         assert not torch.allclose(alone, expected, rtol=1e-3)
+
+    # Equal logits on both shards: which of them are kept must not depend on the shards.
+    teacher_weight[half] = teacher_weight[0]
+    for k in (1, 5, half + 2, VOCABULARY):
+        kept = teacher_top_k(teacher_hidden, teacher_weight, k, temperature=1.5)
+        sharded = teacher_top_k(
+            teacher_hidden, teacher_weight[shard], k, temperature=1.5, group=group, chunk_tokens=4
+        )
+        assert torch.equal(sharded[0], kept[0])
+        torch.testing.assert_close(sharded[1], kept[1], **EXACT)
+        if k < half:
+            assert not torch.equal(teacher_top_k(teacher_hidden, teacher_weight[shard], k)[0], kept[0])
+        for chosen in LOSSES:
+            settings = {"temperature": 1.5, "loss": chosen, "labels": labels}
+            expected = top_k_kd_loss_ref(hidden, weight, *kept, weights, **settings)
+            expected_grads = torch.autograd.grad(expected, (hidden, weight))
+            loss = top_k_kd_loss(hidden, part, *kept, weights, group=group, chunk_tokens=4, **settings)
+            torch.testing.assert_close(loss, expected, **EXACT)
+            d_hidden, d_part = torch.autograd.grad(loss, (hidden, part))
+            torch.testing.assert_close(d_part, expected_grads[1][shard], **EXACT)
+            assert not torch.allclose(d_hidden, expected_grads[0], rtol=1e-3)
+            dist.all_reduce(d_hidden)
+            torch.testing.assert_close(d_hidden, expected_grads[0], **EXACT)
 
     whole = cross_entropy(hidden, weight, labels, weights)
     torch.testing.assert_close(cross_entropy(hidden, part, labels, weights, group, 4), whole, **EXACT)

@@ -348,3 +348,29 @@ def other_router(rank: int, words: Sequence[str], *, victim: int) -> None:
         return done
 
     RouterTrainer.commit = wrong  # type: ignore[method-assign]
+
+
+def other_tokens(rank: int, words: Sequence[str], *, sample: int) -> None:
+    """One base sample has another token, as of data that was made anew."""
+    from megatron_elastic.distillation.roles import RoleDataset
+
+    read = RoleDataset.__getitem__
+
+    def changed(self: Any, index: int) -> dict[str, Any]:
+        found = read(self, index)
+        if found["sample"] == sample:
+            found["tokens"] = found["tokens"].clone()
+            found["tokens"][7] += 1
+        return found
+
+    RoleDataset.__getitem__ = changed  # type: ignore[method-assign]
+
+
+def no_teacher(rank: int, words: Sequence[str]) -> None:
+    """A frozen teacher cannot be made."""
+    from megatron_elastic.training import _Attach
+
+    def refused(*_: Any) -> Any:
+        raise AssertionError("a teacher was made")
+
+    _Attach._teacher = refused  # type: ignore[method-assign]

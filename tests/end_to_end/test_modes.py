@@ -1,4 +1,7 @@
-"""Ways to train through `train` itself: drawn budgets, another teacher, documents kept apart, ranks that disagree."""
+"""Ways to train through `train` itself.
+
+Drawn budgets, another teacher, one that is read from a cache, documents kept apart, ranks that disagree.
+"""
 
 import json
 import re
@@ -102,6 +105,55 @@ def test_documents_are_kept_apart_on_every_layout(server: RankServer, base: Path
     # fp32: a KL is a difference of log-probabilities of some 6 nats, each known to 4e-7; Adam's steps add some.
     assert values(four) == pytest.approx(values(one), abs=5e-6)
     assert max(abs(a - b) for a, b in zip(values(one), values(together), strict=True)) > 1e-4
+
+
+APART = {"dataloader-inter-document-masking": True}
+TP2_DP2 = {**ONE_STAGE, **APART, "tensor-model-parallel-size": 2, "sequence-parallel": True}
+
+
+def cached(mode: str, **more: Any) -> dict[str, Any]:
+    """Settings of a run with another teacher, through a cache beside the folders of the runs."""
+    cache = {"folder": "../cache", "top_k": 16, "mode": mode, **more}
+    return {"teacher": "other", "save_interval": 100, "teacher_cache": cache}
+
+
+def told(run: Run) -> dict[str, str]:
+    """The losses of training and of validation as they were printed, by their iterations."""
+    judged = re.findall(r"(validation loss at iteration \d+) \| (.*)", run.text())
+    return {**{str(number): text for number, text in losses(run).items()}, **dict(judged)}
+
+
+def test_a_teacher_cache_is_written_on_two_layouts_and_read_on_others(
+    server: RankServer, base: Path, tmp_path: Path
+) -> None:
+    """Stopped after step 2 on TP2 x DP2, gone on to 3 on PP2 x CP2; read on the first layout, and on one process."""
+    stop = {**TP2_DP2, "exit-interval": 2}
+    first = train(server, base, tmp_path / "written", ranks=4, megatron=stop, status=130, **cached("auto"))
+    assert "written; the teacher runs (0 of 12 training samples, 0 of 4 validation samples are there" in first.text()
+    before, by_iteration = told(first), losses(first)
+    second = train(
+        server, base, tmp_path / "written", ranks=4, megatron={**APART, "context-parallel-size": 2}, **cached("auto")
+    )
+    assert "written; the teacher runs (8 of 12 training samples, 4 of 4 validation samples are there" in second.text()
+    by_iteration |= losses(second)
+    alone = [hook("tests.end_to_end.faults:no_teacher")]
+    again = train(server, base, tmp_path / "again", ranks=4, megatron=stop, status=130, hooks=alone, **cached("auto"))
+    assert "read, and no teacher is loaded (12 of 12 training samples" in again.text()
+    assert "validation loss at iteration 2" in before
+    assert told(again) == before
+    states = [small_run.state(tmp_path / name, 2) for name in ("written", "again")]
+    assert small_run.different(*states) == []
+    one = train(server, base, tmp_path / "one", ranks=1, megatron={**ONE_STAGE, **APART}, **cached("read"))
+    # fp32: a KL is a difference of log-probabilities of some 6 nats, each known to 4e-7; Adam's steps add some.
+    wanted = [float(part.split(": ")[1]) for _, line in sorted(by_iteration.items()) for part in line.split(" | ")]
+    assert values(one) == pytest.approx(wanted, abs=5e-6)
+    # What is not that cache's, or not in it, ends the run, and says what to do.
+    other = train(server, base, tmp_path / "other", status=1, **cached("read", top_k=8))
+    assert "../cache was written with other settings: top_k is 16, the recipe's 8" in other.text()
+    changed = hook("tests.end_to_end.faults:other_tokens", sample=5)
+    missed = train(server, base, tmp_path / "missed", megatron=APART, hooks=[changed], status=1, **cached("read"))
+    assert "training sample 5 of stage 1, hash " in missed.text()
+    assert sorted(losses(missed)) == [1]
 
 
 def test_a_step_between_two_lines_of_the_log_waits_for_no_device(

@@ -8,12 +8,14 @@ import pytest
 import yaml
 
 from megatron_elastic.config import DistillationLoss, load_recipe, parse_recipe
+from megatron_elastic.curriculum import TeacherCache
 from megatron_elastic.errors import RecipeError
 from tests.unit.small_family import every_selection
 
 RECIPE = Path(__file__).resolve().parents[2] / "recipes" / "quickstart.yaml"
 GOOD = yaml.safe_load(RECIPE.read_text("utf-8"))
 GONE = object()
+CACHE = {"folder": "cache", "top_k": 64}
 
 
 def changed(**changes: Any) -> dict[str, Any]:
@@ -58,6 +60,14 @@ def test_the_loss_is_the_forward_kl_unless_the_recipe_says_otherwise() -> None:
     chosen = parse_recipe(changed(elastic__loss={"kind": "jsd", "beta": 0.2, "ce_weight": 1}), world_size=2)
     assert chosen.loss == DistillationLoss(kind="jsd", beta=0.2, ce_weight=1.0)
     assert chosen.temperature == GOOD["elastic"]["temperature"]
+
+
+def test_a_teacher_cache_is_only_what_the_recipe_says() -> None:
+    assert parse_recipe(changed(), world_size=2).teacher_cache is None
+    cached = parse_recipe(changed(elastic__teacher_cache=CACHE), world_size=2)
+    assert cached.teacher_cache == TeacherCache(folder="cache", top_k=64, mode="auto", precision="fp16")
+    # Megatron counts the same samples with it and without.
+    assert cached.roles == parse_recipe(changed(), world_size=2).roles
 
 
 def test_a_drawn_budget_makes_two_roles_and_the_parent_is_the_teacher_by_default() -> None:
@@ -144,6 +154,16 @@ def test_every_budget_is_reached_by_several_selections() -> None:
         ({"elastic__loss": {"temperature": 2}}, "elastic.loss.temperature: unknown key"),
         ({"elastic__loss": "jsd"}, "elastic.loss: 'jsd' must be a mapping"),
         ({"elastic__save_interval": 0}, "elastic.save_interval: 0"),
+        ({"elastic__teacher_cache": {"folder": "cache"}}, "elastic.teacher_cache.top_k: required"),
+        ({"elastic__teacher_cache": {**CACHE, "top_k": 0}}, "elastic.teacher_cache.top_k: 0 must lie between 1 and"),
+        ({"elastic__teacher_cache": {**CACHE, "top_k": 10**6}}, "one less than the vocabulary"),
+        ({"elastic__teacher_cache": {**CACHE, "mode": "append"}}, "elastic.teacher_cache.mode: 'append' must be one"),
+        ({"elastic__teacher_cache": {**CACHE, "precision": "bf16"}}, "precision: 'bf16' must be one of ['fp16',"),
+        ({"elastic__teacher_cache": {**CACHE, "folder": 3}}, "elastic.teacher_cache.folder: 3 must be a folder"),
+        ({"elastic__teacher_cache": CACHE, "elastic__stages__1__teacher": "trainable"},
+         "elastic.stages[1].teacher: trainable, and elastic.teacher_cache is given"),
+        ({"elastic__teacher_cache": CACHE, "elastic__stages__0__teacher": {"p50": "trainable"}},
+         "elastic.stages[0].teacher: trainable, and elastic.teacher_cache is given"),
         ({"elastic__save": 3}, "elastic.save: 3 must be a path"),
         # The parent's training.
         ({"pretrain__iterations": 0}, "pretrain.iterations: 0 must be at least 1"),

@@ -10,6 +10,7 @@ import pytest
 from megatron_elastic.budget import Selection
 from megatron_elastic.config import Recipe, Stage, load_recipe
 from megatron_elastic.cost_model import forward_flops_per_token
+from megatron_elastic.curriculum import TeacherCache
 from megatron_elastic.metadata import Metadata
 
 RECIPE = Path(__file__).resolve().parents[2] / "recipes" / "quickstart.yaml"
@@ -49,6 +50,14 @@ def test_a_soft_step_runs_every_student_at_full_width(metrics: Any, recipe: Reci
     head = 2 * shape.vocab * shape.hidden
     # The teacher's forward once, its head once a budget, and forward and backward (twice as much) of three students.
     assert metrics.joint_flops_per_token(recipe, metadata(recipe), 64) == full + 2 * head + 3 * 3 * full
+
+
+def test_a_cached_teacher_runs_its_head_once_or_nothing(metrics: Any, recipe: Recipe) -> None:
+    shape = recipe.family.shape
+    full = forward_flops_per_token(shape, shape.full, 64)
+    cached = dataclasses.replace(recipe, teacher_cache=TeacherCache(folder="cache", top_k=8))
+    assert metrics.joint_flops_per_token(cached, metadata(recipe), 64) == full + 3 * 3 * full
+    assert metrics.joint_flops_per_token(cached, metadata(recipe), 64, teacher_runs=False) == 3 * 3 * full
 
 
 def test_a_sampled_step_runs_the_teacher_and_a_budget(metrics: Any, recipe: Recipe) -> None:

@@ -10,6 +10,7 @@ import yaml
 
 from megatron_elastic.config import Recipe, parse_recipe
 from megatron_elastic.cost_model import parameters
+from megatron_elastic.curriculum import TeacherCache
 from megatron_elastic.errors import RecipeError
 from megatron_elastic.parallel import ranks_of
 from megatron_elastic.recipe_checks import (
@@ -104,6 +105,21 @@ def test_memory_by_hand() -> None:
     )  # fmt: skip
     # Five inputs are kept, and at most a Mamba and an MLP layer are there in full.
     assert gpu_memory(again, ranks, 4)["activations"] == 2 * 2048 * (5 * 128 + mamba + mlp)
+
+
+def test_a_teacher_that_is_read_from_a_cache_takes_nothing() -> None:
+    online = recipe()
+    ranks = ranks_of(online.megatron, [])
+    for mode, there in (("write", True), ("auto", True), ("read", False)):
+        made = replace(online, teacher_cache=TeacherCache(folder="cache", top_k=8, mode=mode))
+        found, plain = gpu_memory(made, ranks, 2), gpu_memory(online, ranks, 2)
+        assert found["teacher"] == (plain["teacher"] if there else 0)
+        assert plain["total"] - found["total"] == (0 if there else plain["teacher"])
+        stages = [run_facts(each)["stages"][0] for each in (made, online)]
+        work = [stage["flops_at_full_width"] for stage in stages]
+        assert [stage["teacher_cache_bytes"] for stage in stages] == [stages[0]["tokens"] * (8 * 6 + 4), 0]
+        # Three budgets at three passes' worth of a forward each, and the teacher at one.
+        assert work[0] / work[1] == pytest.approx(1.0 if there else 9 / 10, rel=1e-6)
 
 
 def test_pipelines_keep_microbatches_in_flight() -> None:
