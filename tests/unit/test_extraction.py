@@ -203,7 +203,7 @@ def test_what_was_written_is_compared_with_what_should_be(tmp_path, monkeypatch,
             file.write_bytes(content)
 
     monkeypatch.setattr(writing._Writer, "finish", damaged)
-    with pytest.raises(CheckpointError, match=f"{name} is (not what was written|stored as)"):
+    with pytest.raises(CheckpointError, match=f"{name} is not what was written"):
         take(tmp_path / "parent", tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["parent"]
 

@@ -142,8 +142,10 @@ def test_every_byte_of_the_index_that_is_wrong_is_told_without_a_manifest_too(tm
 def test_what_was_checked_is_not_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = family(tmp_path / "family")
     read: list[str] = []
-    digests = integrity._digests
-    monkeypatch.setattr(integrity, "_digests", lambda path, names, bar: read.extend(names) or digests(path, names, bar))
+    digests = integrity.file_digests
+    monkeypatch.setattr(
+        integrity, "file_digests", lambda path, names, label: read.extend(names) or digests(path, names, label)
+    )
     checkpoint.verify(path)
     assert len(read) == len(list(path.iterdir())) - 1
     checkpoint.verify(path)
