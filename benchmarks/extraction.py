@@ -5,7 +5,7 @@
 A family of 2.3 GiB in bf16 is written first. Extraction and export of its 100 % budget, with and without verification,
 are compared with copying what they wrote file by file: read, written, synchronised. Before each of them the operating
 system is made to forget every file (with --warm it is made to read the sources): all begin alike, and end with an fsync
-of every file. Memory is what comes on top of the process after its imports: by torch's allocator, and as resident pages.
+of every file. Memory is what comes on top of the process after its imports, by torch's allocator and as resident pages.
 """
 
 import argparse
@@ -31,7 +31,7 @@ from megatron_elastic.checkpoint import LazyTensor, find_checkpoint, stored_name
 from megatron_elastic.extraction import extract_budget
 from megatron_elastic.family import Family
 from megatron_elastic.hf.exporting import export_model
-from megatron_elastic.layout import Layout, ModelShape
+from megatron_elastic.layout import ModelShape
 from megatron_elastic.metadata import Metadata
 
 SHAPE = ModelShape(
@@ -53,9 +53,7 @@ CONSTANT = 64 << 20
 def write_family(folder: Path) -> None:
     """The family, two budgets, its weights made of one block of noise."""
     choices = {axis: tuple(sorted({size, SHAPE.full[axis]}, reverse=True)) for axis, size in HALF.items()}
-    family = Family(
-        shape=SHAPE, ffn_blocks=8, choices=choices, budgets=(Budget("p100", 1.0), Budget("small", 0.55))
-    )
+    family = Family(shape=SHAPE, ffn_blocks=8, choices=choices, budgets=(Budget("p100", 1.0), Budget("small", 0.55)))
     selections = tuple(Selection.from_dict({**SHAPE.full, **kept}) for kept in ({}, HALF))
     described = Metadata.of_family(family, FLAGS, selections=selections, stage=1)
     noise = torch.randn(1 << 22, generator=torch.Generator().manual_seed(1)).bfloat16()
@@ -137,6 +135,7 @@ class Runs:
     def timed(self, run: Callable[[], object], source: Path, target: Path) -> float:
         """Seconds of a run that reads `source` and writes `target`, which must not be there."""
         shutil.rmtree(target, ignore_errors=True)
+        os.sync()  # what was removed before is no part of the run
         prepare(source, self.warm)
         begun = time.perf_counter()
         run()

@@ -293,9 +293,9 @@ class ElasticModelConfig(HybridModelConfig):
 
     builder: ClassVar[str] = "megatron_elastic.model.ElasticModelBuilder"
     family: Family | None = None
-    on_build: (
-        Callable[["ElasticModelBuilder", ElasticHybridModel, ProcessGroupCollection, int | None], None] | None
-    ) = None
+    on_build: Callable[["ElasticModelBuilder", ElasticHybridModel, ProcessGroupCollection, int | None], None] | None = (
+        None
+    )
 
 
 class ElasticModelBuilder(HybridModelBuilder):

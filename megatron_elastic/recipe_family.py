@@ -187,9 +187,7 @@ def _places(elastic: Mapping[str, Any], faults: list[str]) -> dict[str, Any]:
     return found
 
 
-def parse_family(
-    elastic: Mapping[str, Any], shape: ModelShape, ranks: Ranks, faults: list[str]
-) -> Family | None:
+def parse_family(elastic: Mapping[str, Any], shape: ModelShape, ranks: Ranks, faults: list[str]) -> Family | None:
     """The family of a recipe; what is wrong is added to `faults`, and None returned."""
     before = len(faults)
     raw = elastic.get("axes")

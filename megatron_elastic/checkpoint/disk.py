@@ -80,8 +80,8 @@ class Disk:
     """Writes files one after the other; at its end all of them are on the disk.
 
     Args:
-        read_again: whether they are read again to be compared: the operating system then forgets what it has written, so
-            that they come from the disk.
+        read_again: whether they are read again to be compared: the operating system then forgets what it has written,
+            so that they come from the disk.
     """
 
     def __init__(self, *, read_again: bool) -> None:

@@ -4,6 +4,8 @@ Routed experts run on core's dispatchers, one after the other or as one grouped 
 cut report a gradient all the same, as data parallelism with overlap asks of every weight.
 """
 
+from functools import lru_cache
+
 import torch
 from megatron.core import tensor_parallel
 from megatron.core.ssm.mlp_layer import MLPLayer
@@ -29,6 +31,7 @@ SHARED_FC1, SHARED_FC2 = "mlp.shared_experts.linear_fc1.weight", "mlp.shared_exp
 
 _OfWeight = tuple[Segments | None, ...] | None
 _OfExpert = tuple[_OfWeight, _OfWeight]
+_WHOLE: _OfExpert = (None, None)
 
 
 class ElasticExperts(SequentialMLP):
@@ -53,8 +56,12 @@ class ElasticExperts(SequentialMLP):
         Returns:
             `[tokens, kept hidden]`, weighted, and None.
         """
+        # No wait for the device: core's dispatchers have brought the counts to the host, which splits their buffers.
         counts = tokens_per_expert.tolist()
-        segments = [_segments_of_expert(plan, number) for number in range(len(counts))]
+        if plan is None:
+            segments = (_WHOLE,) * len(counts)
+        else:
+            segments = _of_experts(plan.segments[FC1], plan.segments[FC2], len(counts))
         if self.config.moe_grouped_gemm:
             return self._grouped(tokens, counts, probs, mask, segments), None
         outputs = []
@@ -66,7 +73,7 @@ class ElasticExperts(SequentialMLP):
         return torch.cat(outputs), None
 
     def _grouped(
-        self, tokens: Tensor, counts: list[int], probs: Tensor, mask: Tensor | None, segments: list[_OfExpert]
+        self, tokens: Tensor, counts: list[int], probs: Tensor, mask: Tensor | None, segments: tuple[_OfExpert, ...]
     ) -> Tensor:
         """All experts that are kept, in two products."""
         first, second, left, cut = [], [], [], []
@@ -83,15 +90,24 @@ class ElasticExperts(SequentialMLP):
         return unused(out, *cut) if torch.is_grad_enabled() else out
 
 
-def _segments_of_expert(plan: LayerPlan | None, number: int) -> _OfExpert:
-    """Kept rows and columns of one expert's two weights: no neuron where the expert itself is cut."""
-    if plan is None:
-        return None, None
-    experts, rows, hidden = plan.segments[FC1]
-    _, outputs, columns = plan.segments[FC2]
-    if experts is not None and not any(start <= number < stop for start, stop in experts):
-        rows = columns = ()
-    return (rows, hidden), (outputs, columns)
+@lru_cache(maxsize=4096)
+def _of_experts(
+    first: tuple[Segments | None, ...], second: tuple[Segments | None, ...], count: int
+) -> tuple[_OfExpert, ...]:
+    """Kept rows and columns of every expert's two weights: no neuron where the expert itself is cut.
+
+    Args:
+        first, second: what a plan keeps of the two stored tensors, experts first.
+        count: experts of this rank.
+    """
+    experts, rows, hidden = first
+    _, outputs, columns = second
+    kept = (rows, hidden), (outputs, columns)
+    cut = ((), hidden), (outputs, ())
+    return tuple(
+        kept if experts is None or any(start <= number < stop for start, stop in experts) else cut
+        for number in range(count)
+    )
 
 
 class ElasticSharedExpert(SharedExpertMLP):

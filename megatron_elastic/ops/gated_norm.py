@@ -7,9 +7,7 @@ from torch import Tensor
 from megatron_elastic.ops.norm import rms_norm
 
 
-def gated_rms_norm(
-    y: Tensor, z: Tensor, weight: Tensor, groups: int, eps: float, mask: Tensor | None = None
-) -> Tensor:
+def gated_rms_norm(y: Tensor, z: Tensor, weight: Tensor, groups: int, eps: float, mask: Tensor | None = None) -> Tensor:
     """RMS norm of `u = y * silu(z) * mask` inside each group of `d / groups` channels, computed in at least fp32.
 
     The mean square divides by the mask's sum inside the group, so that a prefix mask in every group is exactly the norm

@@ -101,8 +101,7 @@ def test_smaller_budgets_are_nested_in_larger_ones():
     for name, dimensions in LAYOUT.parameters().items():
         for dimension in dimensions:
             rows = [
-                {row for a, b in dimension.segments(s.sizes, SHAPE.full) for row in range(a, b)}
-                for s in (small, large)
+                {row for a, b in dimension.segments(s.sizes, SHAPE.full) for row in range(a, b)} for s in (small, large)
             ]
             assert rows[0] <= rows[1], name
 
