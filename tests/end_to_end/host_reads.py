@@ -67,15 +67,6 @@ def count(rank: int, words: Sequence[str], *, out: str, unbrought: int | None = 
     for name in READS:
         setattr(torch.Tensor, name, watched(name, getattr(torch.Tensor, name)))
 
-    bring = token_dispatcher.maybe_move_tensor_to_cpu
-
-    def brought(tensor: Any, *args: Any, **kwargs: Any) -> Any:
-        result = bring(tensor, *args, **kwargs)
-        if isinstance(result, torch.Tensor):
-            result.on_host = True  # type: ignore[attr-defined]
-        return result
-
-    token_dispatcher.maybe_move_tensor_to_cpu = brought
     forward = ElasticExperts.forward
 
     def experts(module: Any, tokens: torch.Tensor, counts: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -99,9 +90,20 @@ def count(rank: int, words: Sequence[str], *, out: str, unbrought: int | None = 
     pretrain = elastic_training.pretrain
 
     def pretrain_counted(*args: Any, **kwargs: Any) -> None:
+        # Not before: the CPU's adaptation has put its own there.
+        bring = token_dispatcher.maybe_move_tensor_to_cpu
+
+        def brought(tensor: Any, *args: Any, **kwargs: Any) -> Any:
+            result = bring(tensor, *args, **kwargs)
+            if isinstance(result, torch.Tensor):
+                result.on_host = True  # type: ignore[attr-defined]
+            return result
+
+        token_dispatcher.maybe_move_tensor_to_cpu = brought
         try:
             pretrain(*args, **kwargs)
         finally:
+            token_dispatcher.maybe_move_tensor_to_cpu = bring
             Path(f"{out}-{rank}").write_text(json.dumps(seen))
 
     elastic_training.pretrain = pretrain_counted
