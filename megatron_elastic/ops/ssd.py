@@ -204,7 +204,7 @@ class _Sizes(NamedTuple):
 
     def heads(self, t: Tensor) -> Tensor:
         """`[m, b, h, q, ...]` as matrices of the heads."""
-        return t.reshape(-1, self.q, t.size(-1))
+        return t.view(-1, self.q, t.size(-1))
 
     def states(self, t: Tensor) -> Tensor:
         """Matrices of the groups, `[..., n, r * p]`, as `[m, b, g, n, r, p]`."""
@@ -242,8 +242,8 @@ class _ChunkedScan(torch.autograd.Function):
         compute = torch.promote_types(x.dtype, torch.float32)
         length = x.size(1)
         q = min(chunk_size, length)
-        xs, Bs, Cs = _chunked(x, q, compute), *(_chunked(each, q, compute).contiguous() for each in (B, C))
-        decays = _Decays.of(_chunked(dt, q, compute).contiguous(), A.to(compute), documents)
+        xs, steps, Bs, Cs = (_chunked(each, q, compute).contiguous() for each in (x, dt, B, C))
+        decays = _Decays.of(steps, A.to(compute), documents)
         size, skip = _Sizes.of(xs, Bs), D.to(compute)
         chunks = len(xs)
         through = size.grouped(decays.through[..., None, None])
@@ -268,17 +268,17 @@ class _ChunkedScan(torch.autograd.Function):
         out = y[:, :length].to(x.dtype)
         # What goes out is kept itself where nothing was cast.
         kept = out if out.dtype == compute else y[:, :length]
-        ctx.save_for_backward(x, A, Bs, Cs, D, kept, state, decay, *decays)
-        ctx.dtypes = dt.dtype, B.dtype, C.dtype
+        ctx.save_for_backward(xs, A, Bs, Cs, D, kept, state, decay, *decays)
+        ctx.dtypes = x.dtype, dt.dtype, B.dtype, C.dtype
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, A, Bs, Cs, D, kept, state, decay, *decays = ctx.saved_tensors
+        xs, A, Bs, Cs, D, kept, state, decay, *decays = ctx.saved_tensors
         decays = _Decays(*decays)
-        compute, length, (_, _, _, q, n) = Bs.dtype, x.size(1), Bs.shape
-        xs, ys, dys = (_chunked(each, q, compute) for each in (x, kept, grad))
+        compute, length, (_, _, _, q, n) = Bs.dtype, grad.size(1), Bs.shape
+        ys, dys = _chunked(kept, q, compute), _chunked(grad, q, compute).contiguous()
         size, skip = _Sizes.of(xs, Bs), D.to(compute)
         chunks = len(xs)
         through = size.grouped(decays.through[..., None, None])
@@ -317,8 +317,10 @@ class _ChunkedScan(torch.autograd.Function):
             d_inside = torch.bmm(size.heads(square).mT, d_heads).view(rows.shape)
             d_inside.addcmul_(d_added, decays.to_end[block][..., None])
             # The log decay and what it is made of.
-            x_dx[block] = torch.mv((d_inside * rows).view(-1, size.p), ones).view_as(x_dx[block])
-            y_dy[block] = (ys[block] * d_rows) @ ones
+            product = d_inside * rows
+            x_dx[block] = torch.mv(product.view(-1, size.p), ones).view_as(x_dx[block])
+            torch.mul(ys[block], d_rows, out=product)
+            y_dy[block] = torch.mv(product.view(-1, size.p), ones).view_as(y_dy[block])
             torch.addcmul(d_inside, d_rows, skip[:, None, None], out=d_xs[block])
         d_cum = (y_dy - x_dx).addcmul_(x_dy, skip[:, None], value=-1).add_(s_ds)
         if decays.within is None:
@@ -328,8 +330,8 @@ class _ChunkedScan(torch.autograd.Function):
         d_dt = (x_dx / decays.steps.clamp_min(torch.finfo(compute).tiny)).addcmul_(d_log, A.to(compute)[:, None])
         d_A = (d_log * decays.steps).sum((0, 1, 3)).to(A.dtype)
         d_D = x_dy.sum((0, 1, 3)).to(D.dtype)
-        dt_type, B_type, C_type = ctx.dtypes
+        x_type, dt_type, B_type, C_type = ctx.dtypes
         return (
-            d_x[:, :length].to(x.dtype), _sequence(d_dt, length).to(dt_type), d_A,
+            d_x[:, :length].to(x_type), _sequence(d_dt, length).to(dt_type), d_A,
             _sequence(d_Bs, length).to(B_type), _sequence(d_Cs, length).to(C_type), d_D, None, None,
         )  # fmt: skip
