@@ -124,6 +124,7 @@ def cut(
     orders: Orders | None = None,
     budget: str = "",
     iteration: int = 0,
+    verify: bool = True,
     progress: bool = False,
 ) -> int:
     """Writes a submodel as a standalone checkpoint, stored tensor by stored tensor, and reads it back to compare.
@@ -140,6 +141,7 @@ def cut(
         orders: sorts the parent first, as `sort_checkpoint` would.
         budget: name of the budget, kept in the description.
         iteration: optimizer steps that the source has made in elastic training, kept in the description.
+        verify: whether to compare the source with its manifest first, and to read back what was written.
         progress: whether to show bars.
 
     Returns:
@@ -152,7 +154,7 @@ def cut(
     target, layout = Path(out), Layout(shape, ffn_blocks, expert_blocks)
     require_free(target)
     check_selection(layout, selection)
-    path = find_verified(source, progress=progress)
+    path = find_verified(source, progress=progress, digests=verify)
     tensors = cut_tensors(path, layout, selection, orders)
     count = sum(prod(each.shape) for name, each in tensors.items() if not name.endswith(BUFFERS))
     cost = cost_model.parameters(shape, selection.sizes, selection.gates(len(shape.pattern)))
@@ -174,18 +176,22 @@ def cut(
         common=common_state(path, submodel),
         metadata=description,
         files=carried_files(path),
+        verify=verify,
         progress=progress,
     )
     return count
 
 
-def extract_budget(checkpoint: str | Path, budget: str, out: str | Path, *, progress: bool = False) -> dict[str, Any]:
+def extract_budget(
+    checkpoint: str | Path, budget: str, out: str | Path, *, verify: bool = True, progress: bool = False
+) -> dict[str, Any]:
     """Cuts one budget's submodel out of a family.
 
     Args:
         checkpoint: folder of the family.
         budget: name of the budget, whose selection must be decided; or a fraction between two budgets.
         out: folder to write; must not exist, or be empty.
+        verify: as in `cut`.
         progress: whether to show bars.
 
     Returns:
@@ -195,7 +201,7 @@ def extract_budget(checkpoint: str | Path, budget: str, out: str | Path, *, prog
         CheckpointError: damaged, not a family, no such budget, not decided yet, or `out` is taken.
     """
     require_free(Path(out))
-    path = find_verified(checkpoint, progress=progress)
+    path = find_verified(checkpoint, progress=progress, digests=verify)
     family = read_family(path)
     selection = asked_selection(path, family, budget)
     count = cut(
@@ -208,6 +214,7 @@ def extract_budget(checkpoint: str | Path, budget: str, out: str | Path, *, prog
         selection=selection,
         budget=budget,
         iteration=family.iteration,
+        verify=verify,
         progress=progress,
     )
     return {"budget": budget, "parameters": count, "selection": selection.as_dict(), "checkpoint": str(out)}

@@ -199,9 +199,7 @@ def _mend_artifact() -> None:
     save = wandb_utils.on_save_checkpoint_success
 
     @functools.wraps(save)
-    def on_save_checkpoint_success(
-        checkpoint_path: str, tracker_filename: str, save_dir: str, iteration: int
-    ) -> None:
+    def on_save_checkpoint_success(checkpoint_path: str, tracker_filename: str, save_dir: str, iteration: int) -> None:
         limit = time.monotonic() + TRACKER_WAIT
         while not Path(tracker_filename).exists() or Path(tracker_filename).read_text().strip() != str(iteration):
             if time.monotonic() > limit:

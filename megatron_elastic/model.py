@@ -321,9 +321,9 @@ class ElasticModelConfig(HybridModelConfig):
     family: Family | None = None
     backend: str = LOCAL
     precision: Precision | None = None
-    on_build: (
-        Callable[["ElasticModelBuilder", ElasticHybridModel, ProcessGroupCollection, int | None], None] | None
-    ) = None
+    on_build: Callable[["ElasticModelBuilder", ElasticHybridModel, ProcessGroupCollection, int | None], None] | None = (
+        None
+    )
 
 
 class ElasticModelBuilder(HybridModelBuilder):

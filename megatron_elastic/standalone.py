@@ -21,7 +21,7 @@ from torch import Tensor
 
 from megatron_elastic import megatron_compat
 from megatron_elastic.backend import FLAG, LOCAL, available_backend
-from megatron_elastic.checkpoint import expert_of, find_checkpoint, parameters, read_entries, read_parameter
+from megatron_elastic.checkpoint import expert_of, find_checkpoint, parameters, read_parameter
 from megatron_elastic.cpu import adaptation
 from megatron_elastic.errors import CheckpointError, ElasticError, RecipeError
 from megatron_elastic.family import Family
@@ -276,10 +276,12 @@ def load_weights(model: Any, checkpoint: str | Path) -> None:
     if faults:
         more = f" and {len(faults) - 3} more" if len(faults) > 3 else ""
         raise CheckpointError(f"{path}: not a checkpoint of this model: {'; '.join(faults[:3])}{more}")
+    places: dict[str, list[tuple[Tensor, int | None]]] = {}
     for name, state in states.items():
         stock, expert = experts[name]
-        if expert is None:
-            state.copy_(read_parameter(path, stock))
-        else:
-            one = [torch.tensor([expert]), *[None] * state.dim()]
-            state.copy_(read_entries(path, stock, one)[0])
+        places.setdefault(stock, []).append((state, expert))
+    for stock, targets in places.items():
+        value = read_parameter(path, stock)  # once for all experts of a layer
+        for state, expert in targets:
+            state.copy_(value if expert is None else value[expert])
+        del value  # before the next one is read

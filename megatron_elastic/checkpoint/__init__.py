@@ -5,10 +5,12 @@ A parameter goes by its stock name (`decoder.layers.3.mixer.in_proj.weight`) eve
 
 from megatron_elastic.checkpoint.arguments import model_arguments, model_flags
 from megatron_elastic.checkpoint.carried import CARRIED, carried_files, carry, copy_files
+from megatron_elastic.checkpoint.disk import Disk
 from megatron_elastic.checkpoint.folders import require_free, whole_or_nothing
 from megatron_elastic.checkpoint.integrity import (
     add_manifest,
     digests_of,
+    file_digests,
     find_verified,
     has_manifest,
     verify,
@@ -34,7 +36,6 @@ from megatron_elastic.checkpoint.reading import (
 from megatron_elastic.checkpoint.tracker import recover, tracked
 from megatron_elastic.checkpoint.writing import (
     LazyTensor,
-    digest,
     save_faults_are_told,
     told,
     write_checkpoint,
@@ -46,15 +47,16 @@ __all__ = [
     "FUSED_NORMS",
     "STORED_IN_PARTS",
     "TRACKER",
+    "Disk",
     "LazyTensor",
     "TensorInfo",
     "add_manifest",
     "carried_files",
     "carry",
     "copy_files",
-    "digest",
     "digests_of",
     "expert_of",
+    "file_digests",
     "find_checkpoint",
     "find_verified",
     "fused_norms",

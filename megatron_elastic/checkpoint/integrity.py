@@ -61,28 +61,28 @@ def _read_manifest(path: Path) -> dict[str, str] | None:
 
 
 @contextmanager
-def _bar(path: Path, size: int, progress: bool) -> Iterator[object]:
+def _bar(label: str | None, size: int) -> Iterator[object]:
     """A progress bar in bytes, which needs a package that reading alone does not."""
-    if not progress:
+    if label is None:
         yield None
         return
     from tqdm import tqdm
 
-    with tqdm(total=size, desc=f"checking {path.name}", unit="B", unit_scale=True) as bar:
+    with tqdm(total=size, desc=label, unit="B", unit_scale=True) as bar:
         yield bar
 
 
-def _digests(path: Path, names: list[str], progress: bool) -> dict[str, str]:
-    """SHA-256 of each file."""
-    with _bar(path, sum((path / name).stat().st_size for name in names), progress) as bar:
+def file_digests(path: Path, names: list[str], label: str | None) -> dict[str, str]:
+    """SHA-256 of each file of a folder; `label` is that of a progress bar, None for no bar."""
+    with _bar(label, sum((path / name).stat().st_size for name in names)) as bar:
 
         def digest(name: str) -> str:
-            found = hashlib.sha256()
-            with (path / name).open("rb") as stream:
-                while chunk := stream.read(_CHUNK):
-                    found.update(chunk)
+            found, chunk = hashlib.sha256(), memoryview(bytearray(_CHUNK))
+            with (path / name).open("rb", buffering=0) as stream:
+                while count := stream.readinto(chunk):
+                    found.update(chunk[:count])
                     if bar is not None:
-                        bar.update(len(chunk))  # type: ignore[attr-defined]
+                        bar.update(count)  # type: ignore[attr-defined]
             return found.hexdigest()
 
         with ThreadPoolExecutor(_THREADS) as pool:
@@ -93,7 +93,7 @@ def _check_digests(path: Path, wanted: Mapping[str, str], progress: bool = False
     for name in wanted:
         if not (path / name).is_file():
             raise CheckpointError(f"{path / name} is missing, {MANIFEST} lists it: copy the checkpoint again")
-    found = _digests(path, list(wanted), progress)
+    found = file_digests(path, list(wanted), f"checking {path.name}" if progress else None)
     wrong = [name for name in wanted if found[name] != wanted[name]]
     if wrong:
         more = f" ({len(wrong) - 1} more files too)" if len(wrong) > 1 else ""
@@ -127,7 +127,7 @@ def digests_of(path: Path) -> dict[str, str]:
         CheckpointError: the manifest is damaged.
     """
     found = _read_manifest(path)
-    return found or _digests(path, sorted(each.name for each in path.iterdir() if each.is_file()), progress=False)
+    return found or file_digests(path, sorted(each.name for each in path.iterdir() if each.is_file()))
 
 
 def has_manifest(path: Path) -> bool:
@@ -174,15 +174,15 @@ def add_manifest(path: Path, *, progress: bool = False) -> None:
     """Writes the manifest of a checkpoint that was saved without one, as it is now."""
     verify(path)
     names = sorted(each.name for each in path.iterdir() if each.is_file())
-    write_manifest(path, _digests(path, names, progress))
+    write_manifest(path, file_digests(path, names, f"checking {path.name}" if progress else None))
 
 
-def find_verified(directory: str | Path, *, progress: bool = False) -> Path:
+def find_verified(directory: str | Path, *, progress: bool = False, digests: bool = True) -> Path:
     """`find_checkpoint`, and `verify` of what it finds.
 
     Raises:
         CheckpointError: there is no checkpoint, or it is damaged.
     """
     path = find_checkpoint(directory)
-    verify(path, progress=progress)
+    verify(path, progress=progress, digests=digests)
     return path

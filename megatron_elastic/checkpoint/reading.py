@@ -6,6 +6,7 @@ import json
 import pickle
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import pairwise, product
 from math import prod
 from pathlib import Path
 from typing import IO, Any, cast
@@ -34,6 +35,8 @@ from megatron_elastic.errors import CheckpointError
 
 _BLOCK_BYTES = 4 << 20
 """Rows that are copied at once hold about as much: reordering needs a copy of them beside the shard and the result."""
+_RUN = 8
+"""Entries that follow each other, from which on slices are copied faster than entries by their numbers."""
 
 _DAMAGE = (
     *(OSError, EOFError, pickle.UnpicklingError, AttributeError, ImportError, LookupError, TypeError),
@@ -167,30 +170,47 @@ def _read_stored(path: Path, key: MetadataIndex) -> Any:
         return torch.load(cast(IO[bytes], view), map_location="cpu", weights_only=True)
 
 
-def _run(entries: Tensor) -> slice | Tensor:
+Entries = slice | Tensor
+"""Some entries of a dimension: those that follow each other, or their numbers."""
+
+
+def _run(entries: Tensor) -> Entries:
     """A slice where the entries follow each other, else the entries."""
     first, count = int(entries[0]), len(entries)
     follows = int(entries[-1]) - first == count - 1 and bool((entries.diff() == 1).all())
     return slice(first, first + count) if follows else entries
 
 
+def _runs(source: Tensor, target: Tensor) -> list[tuple[Entries, Entries]]:
+    """Entries of a dimension and where they go, as pairs of slices where these are long, else as one pair."""
+    breaks = ((source.diff() != 1) | (target.diff() != 1)).nonzero().flatten().add_(1)
+    if len(breaks) and len(source) < _RUN * (len(breaks) + 1):
+        return [(_run(source), _run(target))]
+    starts = [0, *breaks.tolist()]
+    froms, tos = source[starts].tolist(), target[starts].tolist()
+    lengths = [stop - start for start, stop in pairwise([*starts, len(source)])]
+    return [(slice(s, s + n), slice(t, t + n)) for s, t, n in zip(froms, tos, lengths, strict=True)]
+
+
 def _copy(shard: Tensor, out: Tensor, sources: Sequence[Tensor], targets: Sequence[Tensor]) -> None:
     """Copies entries `sources` of each dimension of a shard to entries `targets` of `out`, some rows at a time."""
     rows = max(1, _BLOCK_BYTES // max(1, shard[:1].numel() * shard.element_size()))
-    columns = [_run(source) for source in sources[1:]]
-    places = [_run(target) for target in targets[1:]]
-    for source, target in zip(sources[0].split(rows), targets[0].split(rows), strict=True):
-        piece = shard
-        for dimension, wanted in enumerate((_run(source), *columns)):
-            if isinstance(wanted, slice):
-                piece = piece.narrow(dimension, wanted.start, wanted.stop - wanted.start)
+    columns = [_runs(*pair) for pair in zip(sources[1:], targets[1:], strict=True)]
+    for pair in zip(sources[0].split(rows), targets[0].split(rows), strict=True):
+        for block in product(_runs(*pair), *columns):
+            piece = shard
+            # Slices first: they copy nothing.
+            for dimension, (wanted, _) in sorted(enumerate(block), key=lambda each: isinstance(each[1][0], Tensor)):
+                if isinstance(wanted, slice):
+                    piece = piece.narrow(dimension, wanted.start, wanted.stop - wanted.start)
+                else:
+                    piece = piece.index_select(dimension, wanted)
+            where = [target for _, target in block]
+            if all(isinstance(each, slice) for each in where):
+                out[tuple(where)] = piece
             else:
-                piece = piece.index_select(dimension, wanted)
-        where = (_run(target), *places)
-        if all(isinstance(each, slice) for each in where):
-            out[where] = piece
-        else:
-            out[torch.meshgrid(target, *targets[1:], indexing="ij")] = piece
+                numbers = [torch.arange(each.start, each.stop) if isinstance(each, slice) else each for each in where]
+                out[torch.meshgrid(*numbers, indexing="ij")] = piece
 
 
 def read_entries(path: Path, name: str, entries: Sequence[Tensor | None]) -> Tensor:

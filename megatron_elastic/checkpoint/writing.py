@@ -1,8 +1,6 @@
 """Writes `torch_dist` checkpoints tensor by tensor."""
 
 import errno
-import hashlib
-import io
 import json
 import os
 import pickle
@@ -11,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,8 +18,9 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import CURRENT_DCP_VERSION, _StorageInfo
 
 from megatron_elastic.checkpoint.carried import CARRIED, copy_files
+from megatron_elastic.checkpoint.disk import Disk
 from megatron_elastic.checkpoint.folders import whole_or_nothing
-from megatron_elastic.checkpoint.integrity import write_manifest
+from megatron_elastic.checkpoint.integrity import file_digests, write_manifest
 from megatron_elastic.checkpoint.names import (
     CHECKPOINT_VERSION,
     COMMON_STATE,
@@ -36,7 +35,7 @@ from megatron_elastic.checkpoint.names import (
     stored_names,
 )
 from megatron_elastic.checkpoint.plain import plain
-from megatron_elastic.checkpoint.reading import iteration_folder, read_tensor, tensor_names
+from megatron_elastic.checkpoint.reading import index, iteration_folder, tensor_names
 from megatron_elastic.errors import CheckpointError
 from megatron_elastic.metadata import KEY, Metadata
 
@@ -59,46 +58,33 @@ class LazyTensor:
     read: Callable[[], Tensor]
 
 
-class _Digesting(io.RawIOBase):
-    """A file that is hashed while it is written."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self.file, self.sha256 = file, hashlib.sha256()
-
-    def writable(self) -> bool:
-        """It is for writing."""
-        return True
-
-    def write(self, data: Any) -> int:
-        """Writes and hashes."""
-        self.sha256.update(data)
-        return self.file.write(data)
-
-
 class _Writer:
-    """Files of one checkpoint, one tensor or object each, and what the index says of them."""
+    """Files of one checkpoint, one tensor or object each, and what the index says of them.
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    Attributes:
+        digests: file -> SHA-256.
+        files: name of a tensor or an object -> its file.
+        entries, places: what the index says.
+    """
+
+    def __init__(self, path: Path, disk: Disk) -> None:
+        self.path, self.disk = path, disk
         self.digests: dict[str, str] = {}
-        self.contents: dict[str, str] = {}
+        self.files: dict[str, str] = {}
         self.entries: dict[str, Any] = {}
         self.places: dict[index_format.MetadataIndex, _StorageInfo] = {}
 
     def file(self, name: str, write: Callable[[Any], object]) -> int:
-        """Writes one file to the disk; returns its bytes."""
-        with (self.path / name).open("wb") as file:
-            stream = _Digesting(file)
-            write(stream)
-            file.flush()
-            os.fsync(file.fileno())
-            size = file.tell()
-        self.digests[name] = stream.sha256.hexdigest()
-        return size
+        """Writes one file; returns its bytes."""
+        with self.disk.file(self.path / name) as file:
+            write(file)
+        self.digests[name] = file.digest()
+        return file.size
 
     def _add(self, key: index_format.MetadataIndex, value: Any) -> None:
         name = f"__0_{len(self.places)}.distcp"
         size = self.file(name, lambda stream: torch.save(value, stream))
+        self.files[key.fqn] = name
         self.places[key] = _StorageInfo(name, 0, size)
 
     def tensor(self, name: str, source: LazyTensor) -> None:
@@ -110,7 +96,6 @@ class _Writer:
             )
         if value.untyped_storage().nbytes() != value.nbytes:
             value = value.clone()  # a view would be stored with all that it is a view of
-        self.contents[name] = digest(value)
         whole = index_format.ChunkStorageMetadata(torch.Size([0] * value.dim()), value.shape)
         properties = index_format.TensorProperties(dtype=value.dtype)
         self.entries[name] = index_format.TensorStorageMetadata(properties, value.shape, [whole])
@@ -122,16 +107,10 @@ class _Writer:
         self._add(index_format.MetadataIndex(name), [value])
 
     def finish(self) -> None:
-        """Index, format, manifest: in the order in which Megatron writes them."""
+        """Index and format; with the manifest, which is written when all of this is on the disk, as Megatron does."""
         found = index_format.Metadata(self.entries, storage_data=self.places, version=CURRENT_DCP_VERSION)
         self.file(INDEX, lambda stream: pickle.dump(found, stream))
         self.file(CONFIG, lambda stream: stream.write(json.dumps(FORMAT).encode()))
-        write_manifest(self.path, self.digests)
-
-
-def digest(tensor: Tensor) -> str:
-    """SHA-256 of a contiguous tensor's bytes."""
-    return hashlib.sha256(tensor.view(-1).view(torch.uint8).numpy()).hexdigest()
 
 
 def disk_fault(error: BaseException | None) -> str | None:
@@ -193,15 +172,20 @@ def write_faults_are_told(target: Path) -> Iterator[None]:
         ) from error
 
 
-def _verify(path: Path, tensors: Mapping[str, LazyTensor], contents: Mapping[str, str], progress: bool) -> None:
-    """Reads back what was written, tensor by tensor: names, shapes, and every byte."""
-    found, wanted = tensor_names(path), {name: TensorInfo(each.shape, each.dtype) for name, each in tensors.items()}
+def _compare(writer: _Writer, tensors: Mapping[str, LazyTensor], progress: bool) -> None:
+    """Reads what was written from the disk again: names, shapes, places, and every byte."""
+    path, wanted = writer.path, {name: TensorInfo(each.shape, each.dtype) for name, each in tensors.items()}
+    found = tensor_names(path)
     if found != wanted:
         different = sorted(name for name in {*found, *wanted} if found.get(name) != wanted.get(name))
         raise CheckpointError(f"{path}: {different[:3]} differ after writing: check the disk, and write it again")
-    for name in told(tensors, f"verifying {path.parent.name}", progress):
-        if digest(read_tensor(path, name)) != contents[name]:
-            raise CheckpointError(f"{path}: {name} is not what was written: check the disk, and write it again")
+    digests = file_digests(path, list(writer.digests), f"verifying {path.parent.name}" if progress else None)
+    places = {key.fqn: place.relative_path for key, place in index(path).storage_data.items()}
+    wrong = [name for name, file in writer.files.items() if places.get(name) != file]
+    wrong += [name for name, file in writer.files.items() if digests[file] != writer.digests[file]]
+    wrong += [file for file in (INDEX, CONFIG) if digests[file] != writer.digests[file]]
+    if wrong:
+        raise CheckpointError(f"{path}: {wrong[0]} is not what was written: check the disk, and write it again")
 
 
 def told[T](items: Iterable[T], label: str, progress: bool) -> Iterable[T]:
@@ -222,6 +206,7 @@ def write_checkpoint(
     metadata: Metadata | None = None,
     iteration: int | None = None,
     files: Mapping[str, Path] | None = None,
+    verify: bool = True,
     progress: bool = False,
 ) -> Path:
     """Writes a checkpoint that Megatron's `--load` and `dist_checkpointing.load` read, and reads it back to compare.
@@ -237,6 +222,7 @@ def write_checkpoint(
         metadata: what the checkpoint says about itself.
         iteration: number of the iteration; None writes a release, which Megatron starts from iteration 0.
         files: what is carried beside the tensors, relative name -> source (`carried_files`).
+        verify: whether to read it back.
         progress: whether to show bars.
 
     Returns:
@@ -259,15 +245,18 @@ def write_checkpoint(
     with write_faults_are_told(target), whole_or_nothing(target) as partial:
         path = iteration_folder(partial, iteration)
         path.mkdir()
-        writer = _Writer(path)
-        for name, tensor in told(written.items(), f"writing {target.name}", progress):
-            writer.tensor(name, tensor)
-        for stock, shape in stocks.items():
-            for key in extra_states(stock, shape):
-                writer.object(key, None)
-        writer.object(COMMON_STATE, plain(state))
-        writer.finish()
+        with Disk(read_again=verify) as disk:
+            writer = _Writer(path, disk)
+            for name, tensor in told(written.items(), f"writing {target.name}", progress):
+                writer.tensor(name, tensor)
+            for stock, shape in stocks.items():
+                for key in extra_states(stock, shape):
+                    writer.object(key, None)
+            writer.object(COMMON_STATE, plain(state))
+            writer.finish()
+        write_manifest(path, writer.digests)
         (partial / TRACKER).write_text("release" if iteration is None else str(iteration))
-        _verify(path, written, writer.contents, progress)
+        if verify:
+            _compare(writer, written, progress)
         copy_files(files or {}, partial / CARRIED)
     return iteration_folder(target, iteration)

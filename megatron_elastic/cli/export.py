@@ -14,8 +14,9 @@ Write a model as a nemotron_h folder: safetensors, config.json, and the tokenize
 parent. It takes a parent, an extracted model, or with --budget one budget of a family, cut as it is
 read. With --nested the folder holds the whole family: the parent's weights once, and slice.py, which
 cuts any budget (`python slice.py --budget NAME --out DIR`). Where layers differ in size the model is
-a nemotron_h_puzzle; which engines cannot load it is said. Tensor by tensor, without a GPU; what was
-written is read back; stopped, it leaves nothing behind."""
+a nemotron_h_puzzle; which engines cannot load it is said. Tensor by tensor, without a GPU; the
+checkpoint is verified first, and what was written is read back (unless --no-verify says otherwise);
+stopped, it leaves nothing behind."""
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
@@ -45,6 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="Hugging Face folder to take tokenizer and config.json from (default: what came with the parent)",
     )
+    options.no_verify(parser)
     options.as_json(parser)
 
 
@@ -59,6 +61,7 @@ def run(arguments: argparse.Namespace) -> int:
         nested=arguments.nested,
         shard_bytes=arguments.shard_size,
         like=arguments.like,
+        verify=arguments.verify,
         progress=options.bars(),
     )
     for warning in made["warnings"]:

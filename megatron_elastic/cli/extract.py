@@ -11,7 +11,8 @@ DESCRIPTION = """\
 Write the submodel of one budget as a checkpoint of its own, of the submodel's own sizes, which
 stock Megatron-Core loads. Nothing is trained: it computes what the budget computes inside the
 family. Tensor by tensor, without a GPU: it needs about twice the memory of the largest tensor. The
-family is verified first, and what was written is read back; stopped, it leaves nothing behind."""
+family is verified first, and what was written is read back (unless --no-verify says otherwise);
+stopped, it leaves nothing behind."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -20,6 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--checkpoint", type=Path, required=True, metavar="DIR", help="the family")
     parser.add_argument("--budget", required=True, metavar="NAME", help="the budget, or a share between two: 0.6")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write; new or empty")
+    options.no_verify(parser)
     options.as_json(parser)
 
 
@@ -27,6 +29,8 @@ def run(arguments: argparse.Namespace) -> int:
     """Do what the arguments ask for and return the exit status."""
     from megatron_elastic.extraction import extract_budget
 
-    made = extract_budget(arguments.checkpoint, arguments.budget, arguments.out, progress=options.bars())
+    made = extract_budget(
+        arguments.checkpoint, arguments.budget, arguments.out, verify=arguments.verify, progress=options.bars()
+    )
     show(made, as_json=arguments.json)
     return 0

@@ -28,6 +28,16 @@ def ranks(parser: argparse.ArgumentParser, default: str) -> None:
     )
 
 
+def no_verify(parser: argparse.ArgumentParser) -> None:
+    """--no-verify."""
+    parser.add_argument(
+        "--no-verify",
+        dest="verify",
+        action="store_false",
+        help="neither compare the checkpoint with its manifest first, nor read back what was written",
+    )
+
+
 def as_json(parser: argparse.ArgumentParser) -> None:
     """--json."""
     parser.add_argument("--json", action="store_true", help="print one JSON object on stdout, and nothing else there")

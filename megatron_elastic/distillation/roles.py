@@ -61,9 +61,7 @@ class SampledRoles:
 
     count = 2
 
-    def __init__(
-        self, weights: Sequence[float], *, seed: int, together: int, teachers: Sequence[int] = ()
-    ) -> None:
+    def __init__(self, weights: Sequence[float], *, seed: int, together: int, teachers: Sequence[int] = ()) -> None:
         """Args:
         weights: share of each budget, largest budget first; they sum to 1.
         seed: of this stage of this run.

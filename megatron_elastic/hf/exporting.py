@@ -208,6 +208,7 @@ def export_model(
     nested: bool = False,
     shard_bytes: int = SHARD_BYTES,
     like: str | Path | None = None,
+    verify: bool = True,
     progress: bool = False,
 ) -> dict[str, Any]:
     """Writes a model as a `nemotron_h` folder, and reads it back to compare.
@@ -222,6 +223,7 @@ def export_model(
         shard_bytes: the most bytes that one file holds.
         like: folder in Hugging Face's format to take `config.json`'s other fields and the tokenizer from; None for what
             is carried beside the checkpoint.
+        verify: whether to compare the checkpoint with its manifest first, and to read back what was written.
         progress: whether to show bars.
 
     Returns:
@@ -234,7 +236,7 @@ def export_model(
     """
     target = Path(out)
     require_free(target)
-    path = find_verified(checkpoint, progress=progress)
+    path = find_verified(checkpoint, progress=progress, digests=verify)
     described = read_metadata(path)
     if described is None or described.kind != "family":
         if budget is not None or nested:
@@ -258,7 +260,7 @@ def export_model(
         "parameters": sum(prod(t.shape) for name, t in model.tensors.items() if not name.endswith(BUFFERS)),
     }
     with write_faults_are_told(target), whole_or_nothing(target) as folder:
-        result["bytes"] = write_folder(folder, tensors, shard_bytes, progress=progress)
+        result["bytes"] = write_folder(folder, tensors, shard_bytes, verify=verify, progress=progress)
         copy_files({name: file for name, file in files.items() if name != CONFIG}, folder)
         (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
         result["warnings"] = export_warnings(model.shape) + _short_time_steps(model, config)

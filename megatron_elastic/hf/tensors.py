@@ -5,7 +5,6 @@ read and written here and not by the `safetensors` package, which writes a file 
 """
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
@@ -15,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_elastic.checkpoint import LazyTensor, digest, told
+from megatron_elastic.checkpoint import Disk, LazyTensor, file_digests, told
 from megatron_elastic.errors import HFError
 from megatron_elastic.hf.config import load_json
 
@@ -168,6 +167,7 @@ def write_folder(
     tensors: Mapping[str, LazyTensor],
     shard_bytes: int,
     *,
+    verify: bool = True,
     progress: bool = False,
 ) -> int:
     """Writes the tensors of a model, one in memory at a time, and reads them back to compare.
@@ -176,6 +176,7 @@ def write_folder(
         folder: an existing one.
         tensors: by name; each is asked for once, in this order.
         shard_bytes: the most bytes of numbers that a file has, where it is more than one tensor.
+        verify: whether to read them back.
         progress: whether to show bars.
 
     Returns:
@@ -189,26 +190,26 @@ def write_folder(
     digests: dict[str, str] = {}
     order = [(name, shard) for name, shard in zip(names, shards, strict=True)]
     bar = iter(told(tensors, f"writing {folder.name}", progress))
-    for name, shard in order:
-        with (folder / name).open("wb") as file:
-            file.write(_header(shard))
-            for key in shard:
-                next(bar)
-                value = shard[key].read().detach().cpu().contiguous()
-                if (tuple(value.shape), value.dtype) != (shard[key].shape, shard[key].dtype):
-                    wanted = f"{shard[key].shape} {shard[key].dtype}"
-                    raise HFError([f"{key} is {tuple(value.shape)} {value.dtype}, not {wanted}"], str(folder))
-                digests[key] = digest(value)
-                file.write(memoryview(value.view(-1).view(torch.uint8).numpy()))
-                del value  # before the next one is made
-            file.flush()
-            os.fsync(file.fileno())
+    with Disk(read_again=verify) as disk:
+        for name, shard in order:
+            with disk.file(folder / name) as file:
+                file.write(_header(shard))
+                for key in shard:
+                    next(bar)
+                    value = shard[key].read().detach().cpu().contiguous()
+                    if (tuple(value.shape), value.dtype) != (shard[key].shape, shard[key].dtype):
+                        wanted = f"{shard[key].shape} {shard[key].dtype}"
+                        raise HFError([f"{key} is {tuple(value.shape)} {value.dtype}, not {wanted}"], str(folder))
+                    file.write(value.view(-1).view(torch.uint8).numpy())
+                    del value  # before the next one is made
+            digests[name] = file.digest()
     next(bar, None)
     total = sum(map(_bytes, tensors.values()))
     if len(shards) > 1:
         places = {key: name for name, shard in order for key in shard}
         (folder / INDEX).write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": places}, indent=2))
-    _verify(folder, digests, progress)
+    if verify:
+        _compare(folder, set(tensors), digests, progress)
     return total
 
 
@@ -216,10 +217,11 @@ def _name(number: int, count: int) -> str:
     return f"model-{number:05d}-of-{count:05d}.safetensors"
 
 
-def _verify(folder: Path, digests: Mapping[str, str], progress: bool) -> None:
-    found = read_folder(folder)
-    if set(found) != set(digests):
+def _compare(folder: Path, names: set[str], digests: Mapping[str, str], progress: bool) -> None:
+    """Reads what was written from the disk again: the names of the tensors, and every byte."""
+    if set(read_folder(folder)) != names:
         raise HFError(["other tensors than were written: check the disk, and write it again"], str(folder))
-    for name in told(digests, f"verifying {folder.name}", progress):
-        if digest(found[name].read()) != digests[name]:
+    read = file_digests(folder, list(digests), f"verifying {folder.name}" if progress else None)
+    for name, digest in digests.items():
+        if read[name] != digest:
             raise HFError([f"{name} is not what was written: check the disk, and write it again"], str(folder))

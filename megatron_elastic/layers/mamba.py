@@ -39,9 +39,7 @@ class ElasticMambaMixer(LocalMambaMixer):
         cp = self.cp if plan is None else self._sliced(plan)
         y, z = self.scan(cp.pre_conv_ssm(zxbcdt), cp, documents)
         # The norm runs where a rank has all channels again: its groups, mask and weight are as without CP.
-        gated = self.norm(
-            cp.post_conv_ssm(y), cp.post_conv_ssm(z), mask, segments=segments.get("mixer.norm.weight")
-        )
+        gated = self.norm(cp.post_conv_ssm(y), cp.post_conv_ssm(z), mask, segments=segments.get("mixer.norm.weight"))
         out, _ = self.out_proj(gated.contiguous(), segments=segments.get("mixer.out_proj.weight"))
         return out
 

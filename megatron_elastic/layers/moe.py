@@ -4,6 +4,7 @@ Routed experts run on core's dispatchers, one after the other or as one grouped 
 cut report a gradient all the same, as data parallelism with overlap asks of every weight.
 """
 
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -33,6 +34,7 @@ OfExpert = tuple[_OfWeight, _OfWeight]
 """Kept segments of an expert's two weights."""
 KeptWeight = tuple[torch.nn.Module, Tensor, tuple[Segments | None, ...]]
 """A linear, what is kept of its weight, and the segments of that."""
+_WHOLE: OfExpert = (None, None)
 
 
 class ElasticExperts(SequentialMLP):
@@ -65,8 +67,12 @@ class ElasticExperts(SequentialMLP):
         Returns:
             `[tokens, kept hidden]`, weighted, and None.
         """
+        # No wait for the device: core's dispatchers have brought the counts to the host, which splits their buffers.
         counts = tokens_per_expert.tolist()
-        segments = [_segments_of_expert(plan, number) for number in range(len(counts))]
+        if plan is None:
+            segments = (_WHOLE,) * len(counts)
+        else:
+            segments = _of_experts(plan.segments[FC1], plan.segments[FC2], len(counts))
         if self.grouped and self.local_experts[0].linear_fc1.fp8 is None:
             return self._grouped(tokens, counts, probs, mask, segments), None
         outputs = []
@@ -78,7 +84,7 @@ class ElasticExperts(SequentialMLP):
         return torch.cat(outputs), None
 
     def _grouped(
-        self, tokens: Tensor, counts: list[int], probs: Tensor, mask: Tensor | None, segments: list[OfExpert]
+        self, tokens: Tensor, counts: list[int], probs: Tensor, mask: Tensor | None, segments: tuple[OfExpert, ...]
     ) -> Tensor:
         """All experts that are kept, in two products."""
         first, second, left, cut = [], [], [], []
@@ -108,16 +114,24 @@ class ElasticExperts(SequentialMLP):
         active = activations(self.local_experts[0], neurons, mask, probs)
         return grouped_linear(active, torch.stack([packed for _, packed, _ in second]), counts)
 
+@lru_cache(maxsize=4096)
+def _of_experts(
+    first: tuple[Segments | None, ...], second: tuple[Segments | None, ...], count: int
+) -> tuple[OfExpert, ...]:
+    """Kept rows and columns of every expert's two weights: no neuron where the expert itself is cut.
 
-def _segments_of_expert(plan: LayerPlan | None, number: int) -> OfExpert:
-    """Kept rows and columns of one expert's two weights: no neuron where the expert itself is cut."""
-    if plan is None:
-        return None, None
-    experts, rows, hidden = plan.segments[FC1]
-    _, outputs, columns = plan.segments[FC2]
-    if experts is not None and not any(start <= number < stop for start, stop in experts):
-        rows = columns = ()
-    return (rows, hidden), (outputs, columns)
+    Args:
+        first, second: what a plan keeps of the two stored tensors, experts first.
+        count: experts of this rank.
+    """
+    experts, rows, hidden = first
+    _, outputs, columns = second
+    kept = (rows, hidden), (outputs, columns)
+    cut = ((), hidden), (outputs, ())
+    return tuple(
+        kept if experts is None or any(start <= number < stop for start, stop in experts) else cut
+        for number in range(count)
+    )
 
 
 class ElasticSharedExpert(SharedExpertMLP):

@@ -20,9 +20,9 @@ class ElasticRMSNorm(LocalRMSNorm):
         segments: tuple[Segments | None, ...] | None = None,
     ) -> Tensor:
         """Args:
-            x: `[s, b, kept hidden]`; already multiplied by the mask where it is soft.
-            width: effective width, the sum of the mask (0-dim); None divides by the channels there are.
-            segments: kept entries of the weight.
+        x: `[s, b, kept hidden]`; already multiplied by the mask where it is soft.
+        width: effective width, the sum of the mask (0-dim); None divides by the channels there are.
+        segments: kept entries of the weight.
         """
         weight: Tensor = self.weight if segments is None else sliced_parameter(self.weight, *segments)
         return rms_norm(x, weight, self.eps, width)
@@ -40,9 +40,9 @@ class ElasticGatedNorm(GatedNorm):
         segments: tuple[Segments | None, ...] | None = None,
     ) -> Tensor:
         """Args:
-            y, z: SSM output and gate, `[..., kept inner / TP]`.
-            mask: soft mask of the inner channels, `[inner / TP]`.
-            segments: kept entries of the weight.
+        y, z: SSM output and gate, `[..., kept inner / TP]`.
+        mask: soft mask of the inner channels, `[inner / TP]`.
+        segments: kept entries of the weight.
         """
         weight: Tensor = self.weight if segments is None else sliced_parameter(self.weight, *segments)
         return gated_rms_norm(y, z, weight, self.groups, self.eps, mask)

@@ -8,9 +8,7 @@ from megatron_elastic.ops import kernels
 from megatron_elastic.ops.norm import rms_norm
 
 
-def gated_rms_norm(
-    y: Tensor, z: Tensor, weight: Tensor, groups: int, eps: float, mask: Tensor | None = None
-) -> Tensor:
+def gated_rms_norm(y: Tensor, z: Tensor, weight: Tensor, groups: int, eps: float, mask: Tensor | None = None) -> Tensor:
     """RMS norm of `u = y * silu(z) * mask` inside each group of `d / groups` channels, computed in at least fp32.
 
     On a GPU it is one kernel each way.

@@ -81,73 +81,157 @@ def ssd_ref(
     return (torch.stack(outputs, 1) + xs * D.to(compute)[:, None]).to(x.dtype)
 
 
-def _heads_first(t: Tensor, chunk: int, dtype: torch.dtype) -> Tensor:
-    """`[b, l, h, ...]` to contiguous `[b, h, c, chunk, ...]`, zero-padded at the end of the sequence."""
+_BLOCK_BYTES = 1 << 20
+"""Bytes of the largest tensor of a block of chunks on the CPU: what is made of it stays in the cache between operations."""
+
+
+def _chunked(t: Tensor, chunk: int, dtype: torch.dtype) -> Tensor:
+    """`[b, l, h, ...]` to `[c, b, h, chunk, ...]`, zero-padded at the end; a view where nothing is padded or cast."""
     pad = -t.size(1) % chunk
     if pad:
         t = F.pad(t, (0, 0) * (t.dim() - 2) + (0, pad))
-    t = t.transpose(1, 2).to(dtype).contiguous()
-    return t.view(t.size(0), t.size(1), -1, chunk, *t.shape[3:])
+    return t.to(dtype).unflatten(1, (-1, chunk)).movedim(0, 1).transpose(2, 3)
 
 
-def _sequence_first(t: Tensor, length: int) -> Tensor:
-    """`[b, h, c, chunk, ...]` to a view `[b, l, h, ...]` without the padding."""
-    return t.flatten(2, 3)[:, :, :length].transpose(1, 2)
-
-
-def _chunk_decay(total: Tensor) -> Tensor:
-    """Decay `[b, h, c, c]` from the end of chunk `j` to the start of chunk `i` (0 unless `j < i`).
-
-    `total`: log decay over each chunk, `[b, h, c]`.  The log decays are summed from `j` on rather than subtracted as
-    two long prefix sums, which would cancel on long sequences.
-    """
-    c = total.size(2)
-    later = torch.ones(c, c, dtype=torch.bool, device=total.device).tril(-1)
-    log = torch.where(later, total[..., None], 0.0).cumsum(2)
-    reached = torch.ones_like(later).tril()
-    return F.pad(log.masked_fill(~reached, -torch.inf).exp()[:, :, :-1], (0, 0, 1, 0))
+def _sequence(t: Tensor, length: int) -> Tensor:
+    """`[c, b, h, chunk, ...]` to `[b, l, h, ...]` without the padding: what `_chunked` made of it."""
+    return t.transpose(2, 3).movedim(1, 0).flatten(1, 2)[:, :length]
 
 
 class _DocumentMasks(NamedTuple):
     """1 where two places of a chunked scan lie in one document, else 0.
 
     Attributes:
-        within: token `i` and a token `j` of its chunk that is not later, `[b, 1, c, q, q]`.
-        entering: token `i` and the state that enters its chunk, `[b, 1, c, q]`.
-        leaving: token `i` and the state that leaves its chunk, `[b, 1, c, q]`.
-        carry: the state that enters chunk `i` and the one that leaves chunk `j`, `[b, 1, c, c]`.
+        within: token `i` and a token `j` of its chunk that is not later, `[c, b, 1, q, q]`.
+        entering: token `i` and the state that enters its chunk, `[c, b, 1, q]`.
+        leaving: token `i` and the state that leaves its chunk, `[c, b, 1, q]`.
+        through: the states that enter and leave a chunk, `[c, b, 1]`.
     """
 
     within: Tensor
     entering: Tensor
     leaving: Tensor
-    carry: Tensor
+    through: Tensor
 
 
 def _document_masks(documents: Tensor, chunk: int, dtype: torch.dtype) -> _DocumentMasks:
     """The masks of `documents`, `[b, l]`: they do not decrease, so two of one number have no boundary between them."""
     # The padding at the end goes to the last document: its steps are 0.
     padding = documents[:, -1:].expand(-1, -documents.size(1) % chunk)
-    numbers = torch.cat([documents, padding], 1).view(documents.size(0), 1, -1, chunk)
+    numbers = torch.cat([documents, padding], 1).unflatten(1, (-1, 1, chunk)).movedim(0, 1)
     leaving = numbers[..., -1]
-    entering = torch.cat([numbers[..., 0, 0, None], leaving[..., :-1]], -1)
+    entering = torch.cat([numbers[:1, ..., 0], leaving[:-1]])
     return _DocumentMasks(
         (numbers[..., :, None] == numbers[..., None, :]).tril().to(dtype),
         (numbers == entering[..., None]).to(dtype),
         (numbers == leaving[..., None]).to(dtype),
-        (entering[..., :, None] == leaving[..., None, :]).to(dtype),
+        (entering == leaving).to(dtype),
     )
+
+
+class _Decays(NamedTuple):
+    """What a token's contribution is multiplied by on its way; `dt` of the token that it comes from is part of it.
+
+    Attributes:
+        cum: logarithm of the decay from the start of the chunk, or of the document inside it, `[c, b, h, q]`.
+        steps: `dt`, `[c, b, h, q]`.
+        from_start: of the state that enters the chunk, at each token, `[c, b, h, q]`.
+        to_end: of each token's contribution, in the state that leaves the chunk, `[c, b, h, q]`.
+        through: of the state over the whole chunk, `[c, b, h]`.
+        within: documents, see `_DocumentMasks`; None for one.
+    """
+
+    cum: Tensor
+    steps: Tensor
+    from_start: Tensor
+    to_end: Tensor
+    through: Tensor
+    within: Tensor | None
+
+    @staticmethod
+    def of(steps: Tensor, A: Tensor, documents: Tensor | None) -> "_Decays":
+        """From `dt` in chunks, `A` `[h]`, and the documents `[b, l]`."""
+        log = steps * A[:, None]
+        if documents is None:
+            cum, masks = log.cumsum(-1), None
+        else:
+            masks = _document_masks(documents, steps.size(-1), steps.dtype)
+            # Summed from the document's start, not subtracted: what another one decays by is no rounding of this one.
+            cum = (masks.within @ log[..., None]).squeeze(-1)
+        from_start, to_end = cum.exp(), (cum[..., -1:] - cum).clamp_max_(0).exp_() * steps
+        through = from_start[..., -1]
+        if masks is None:
+            return _Decays(cum, steps, from_start, to_end, through, None)
+        return _Decays(cum, steps, from_start * masks.entering, to_end * masks.leaving, through * masks.through,
+                       masks.within)  # fmt: skip
+
+    def inside(self, block: slice, out: Tensor) -> Tensor:
+        """From token `j` to token `i` of each chunk in a block, `[m, b, h, q, q]`; above the diagonal no number."""
+        cum = self.cum[block]
+        # There, and between documents, the logarithm may be positive: it is cut to 0, and the result is not used.
+        torch.sub(cum[..., :, None], cum[..., None, :], out=out)
+        return out.clamp_max_(0).exp_().mul_(self.steps[block][..., None, :])
+
+    def masked(self, scores: Tensor, block: slice) -> Tensor:
+        """`[m, b, g, q, q]` in place, without the tokens that are later or in another document."""
+        return scores.tril_() if self.within is None else scores.mul_(self.within[block])
+
+
+class _Sizes(NamedTuple):
+    """Batch, groups, heads of each, tokens of a chunk, channels of a head, states; and chunks of a block."""
+
+    b: int
+    g: int
+    r: int
+    q: int
+    p: int
+    n: int
+    block: int
+
+    @staticmethod
+    def of(xs: Tensor, Bs: Tensor) -> "_Sizes":
+        """Of chunked `x` and `B`."""
+        c, b, h, q, p = xs.shape
+        g, n = Bs.size(2), Bs.size(4)
+        block = max(1, _BLOCK_BYTES // (b * h * q * max(p, q) * xs.element_size())) if xs.device.type == "cpu" else c
+        return _Sizes(b, g, h // g, q, p, n, min(block, c))
+
+    def blocks(self, chunks: int) -> list[slice]:
+        """The chunks in order, some at a time."""
+        return [slice(start, min(start + self.block, chunks)) for start in range(0, chunks, self.block)]
+
+    def grouped(self, t: Tensor) -> Tensor:
+        """`[m, b, h, q, ...]` as `[m, b, g, q, r, ...]`: a group's heads side by side."""
+        return t.unflatten(2, (self.g, self.r)).transpose(3, 4)
+
+    def scaled(self, t: Tensor, by: Tensor) -> Tensor:
+        """`t` `[m, b, h, q, p]` times `by` `[m, b, h, q]`, as matrices of the groups `[m * b * g, q, r * p]`."""
+        out = t.new_empty(len(t), self.b, self.g, self.q, self.r, self.p)
+        return torch.mul(self.grouped(t), self.grouped(by)[..., None], out=out).view(-1, self.q, self.r * self.p)
+
+    def heads(self, t: Tensor) -> Tensor:
+        """`[m, b, h, q, ...]` as matrices of the heads."""
+        return t.view(-1, self.q, t.size(-1))
+
+    def states(self, t: Tensor) -> Tensor:
+        """Matrices of the groups, `[..., n, r * p]`, as `[m, b, g, n, r, p]`."""
+        return t.view(-1, self.b, self.g, self.n, self.r, self.p)
+
+    def rows(self, t: Tensor) -> Tensor:
+        """Matrices of the groups, `[m * b * g, q, r * p]`, as `[m, b, h, q, p]`: a view."""
+        return t.view(-1, self.b, self.g, self.q, self.r, self.p).transpose(3, 4).flatten(2, 3)
 
 
 class _ChunkedScan(torch.autograd.Function):
     """The scan with its backward written out.
 
-    In `[b, h, c, q, ...]` layout every product is one batched GEMM on contiguous matrices, `C B^T` is taken once per
-    group, and the recurrence over chunks is one GEMM with a `[c, c]` decay matrix.  `dt_j` is folded into the decay
-    from `j` on.  The gradient of the log decay needs no `[q, q]` reduction: `y_t` is proportional to `exp(cum_t)` and
-    what `x_t` adds to `exp(-cum_t)`, so it is `<dy_t, y_t> - <dx_t, x_t>` (both without the skip, whose terms cancel)
-    summed from `t` to the chunk's end, plus `<dS, S>` of the state that leaves the chunk.  Documents cut the decays,
-    which leaves these proportions as they are, and both sums end where the document does.
+    The heads of a group share `B` and `C`: their states are one matrix `[n, r * p]`, and what goes into them and comes
+    out of them is one GEMM for all of them.  The sum over heads in the gradients of `B` and `C` is inside these GEMMs.
+    Some chunks are run at a time, so that what they need stays in the cache; `dt_j` is folded into the decay from `j`
+    on.  The gradient of the log decay needs no `[q, q]` reduction: `y_t` is proportional to
+    `exp(cum_t)` and what `x_t` adds to `exp(-cum_t)`, so it is `<dy_t, y_t> - <dx_t, x_t>` (both without the skip, whose
+    terms cancel) summed from `t` to the chunk's end, plus `<dS, S>` of the state that leaves the chunk.  Documents cut
+    the decays, which leaves these proportions as they are, and both sums end where the document does.
     """
 
     @staticmethod
@@ -165,75 +249,96 @@ class _ChunkedScan(torch.autograd.Function):
         compute = torch.promote_types(x.dtype, torch.float32)
         length = x.size(1)
         q = min(chunk_size, length)
-        xs, steps = _heads_first(x, q, compute), _heads_first(dt, q, compute)
-        Bs, Cs = _heads_first(B, q, compute), _heads_first(C, q, compute)
-        b, h, c, _, p = xs.shape
-        g, n = Bs.size(1), Bs.size(4)
-        shape = (b, g, h // g, c, q)
-        log = steps * A.to(compute)[:, None, None]
-        masks = None if documents is None else _document_masks(documents, q, compute)
-        # Summed from the document's start, not subtracted: what another document decays by is no rounding of this one.
-        cum = log.cumsum(-1) if masks is None else (masks.within @ log[..., None]).squeeze(-1)
-        # Above the diagonal and between documents the log decay may be positive: it is cut to 0 before exp, and the
-        # result is not used.
-        decay = (cum[..., :, None] - cum[..., None, :]).clamp_max_(0).exp_()
-        decay = decay.mul_(steps[..., None, :])
-        scores = (Cs @ Bs.mT).tril_()[:, :, None]
-        from_start, to_end = cum.exp(), (cum[..., -1:] - cum).clamp_max_(0).exp_() * steps
-        carry = _chunk_decay(cum[..., -1])
-        if masks is not None:
-            decay, from_start, to_end = decay * masks.within, from_start * masks.entering, to_end * masks.leaving
-            carry = carry * masks.carry
-        decay, carry = decay.view(*shape, q), carry.view(-1, c, c)
-        from_start, to_end = from_start.view(*shape, 1), to_end.view(*shape, 1)
-        B_end, C_start = (Bs[:, :, None] * to_end).view(-1, q, n), (Cs[:, :, None] * from_start).view(-1, q, n)
-        rows = xs.view(-1, q, p)
-        added = torch.bmm(B_end.mT, rows)
-        state = torch.bmm(carry, added.view(b * h, c, n * p)).view(-1, n, p)
-        mixing = (scores * decay).view(b, h, c, q, q)
-        mixing.diagonal(dim1=-2, dim2=-1).add_(D.to(compute)[:, None, None])
-        y = torch.bmm(mixing.view(-1, q, q), rows).baddbmm_(C_start, state)
-        ctx.save_for_backward(xs, steps, A, Bs, Cs, D, y, state, carry, decay, scores, from_start, to_end,
-                              None if masks is None else masks.within)  # fmt: skip
-        ctx.sizes, ctx.dtypes = (b, length, g, h, c, q, n, p), (x.dtype, dt.dtype, B.dtype, C.dtype)
-        return _sequence_first(y.view_as(xs), length).to(x.dtype, memory_format=torch.contiguous_format, copy=True)
+        xs, steps, Bs, Cs = (_chunked(each, q, compute).contiguous() for each in (x, dt, B, C))
+        decays = _Decays.of(steps, A.to(compute), documents)
+        size, skip = _Sizes.of(xs, Bs), D.to(compute)
+        chunks = len(xs)
+        through = size.grouped(decays.through[..., None, None])
+        y = xs.new_empty(size.b, chunks * q, size.g * size.r, size.p)
+        ys = _chunked(y, q, compute)
+        # Of each chunk that which enters it, `[c, b, g, n, r, p]`.
+        state = xs.new_empty(chunks, size.b, size.g, size.n, size.r, size.p)
+        state[0] = 0
+        decay = xs.new_empty(*decays.cum.shape, q)
+        for block in size.blocks(chunks):
+            rows, to, of = xs[block], Bs[block].flatten(0, 2), Cs[block].flatten(0, 2)
+            added = size.states(torch.bmm(to.mT, size.scaled(rows, decays.to_end[block])))
+            for number in range(block.start + 1, min(block.stop + 1, chunks)):
+                before = number - 1
+                torch.addcmul(added[before - block.start], state[before], through[before], out=state[number])
+            scores = decays.masked(torch.bmm(of, to.mT).view(-1, size.b, size.g, q, q), block)
+            mixing = decays.inside(block, decay[block]).unflatten(2, (size.g, size.r)) * scores[:, :, :, None]
+            mixing.diagonal(dim1=-2, dim2=-1).add_(skip.view(size.g, size.r, 1))
+            inside = torch.bmm(size.heads(mixing), size.heads(rows)).view(rows.shape)
+            read = size.rows(torch.bmm(of, state[block].view(-1, size.n, size.r * size.p)))
+            torch.addcmul(inside, read, decays.from_start[block][..., None], out=ys[block])
+        out = y[:, :length].to(x.dtype)
+        # What goes out is kept itself where nothing was cast.
+        kept = out if out.dtype == compute else y[:, :length]
+        ctx.save_for_backward(xs, A, Bs, Cs, D, kept, state, decay, *decays)
+        ctx.dtypes = x.dtype, dt.dtype, B.dtype, C.dtype
+        return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        xs, steps, A, Bs, Cs, D, y, state, carry, decay, scores, from_start, to_end, within = ctx.saved_tensors
-        b, length, g, h, c, q, n, p = ctx.sizes
-        shape = (b, g, h // g, c, q)
-        dys = _heads_first(grad, q, xs.dtype)
-        dy, rows = dys.view(-1, q, p), xs.view(-1, q, p)
-        # The state, from the chunks that read it back to those that fed it.
-        B_end, C_start = (Bs[:, :, None] * to_end).view(-1, q, n), (Cs[:, :, None] * from_start).view(-1, q, n)
-        d_read = torch.bmm(C_start.mT, dy)
-        d_state = torch.bmm(carry.mT, d_read.view(b * h, c, n * p)).view(-1, n, p)
-        dC = torch.bmm(dy, state.mT).view(*shape, n).mul_(from_start).sum(2)
-        dB = torch.bmm(rows, d_state.mT).view(*shape, n).mul_(to_end).sum(2)
-        # Inside a chunk.
-        square = torch.bmm(dy, rows.mT)
-        d_scores = square.view(*shape, q).mul_(decay).sum(2).tril_()
-        dC += d_scores @ Bs
-        dB += d_scores.mT @ Cs
-        mixing = torch.mul(scores, decay, out=square.view(*shape, q)).view(-1, q, q)
-        dx = torch.bmm(mixing.mT, dy).baddbmm_(B_end, d_state)
-        # The log decay and what it is made of; `product` is one buffer for the three sums over channels.
-        ones, skip, product = rows.new_ones(p), D.to(xs.dtype)[:, None, None], rows * dx
-        x_dx = torch.mv(product.view(-1, p), ones).view_as(steps)
-        x_dy = torch.mv(torch.mul(rows, dy, out=product).view(-1, p), ones).view_as(steps)
-        y_dy = torch.mv(torch.mul(y, dy, out=product).view(-1, p), ones).view_as(steps)
-        d_cum = (y_dy - x_dx).addcmul_(x_dy, skip, value=-1)
-        kept, d_kept = state.view(b, h, c, -1)[:, :, 1:], d_state.view(b, h, c, -1)[:, :, :-1]
-        d_cum[:, :, :-1, -1] += (kept * d_kept).sum(-1)
-        d_log = d_cum.flip(-1).cumsum(-1).flip(-1) if within is None else (within.mT @ d_cum[..., None]).squeeze(-1)
-        d_dt = (x_dx / steps.clamp_min(torch.finfo(steps.dtype).tiny)).addcmul_(d_log, A.to(xs.dtype)[:, None, None])
-        dA = (d_log * steps).sum((0, 2, 3)).to(A.dtype)
-        dD = x_dy.sum((0, 2, 3)).to(D.dtype)
-        dx = dx.view_as(xs).add_(torch.mul(dys, skip[..., None], out=product.view_as(dys)))
+        xs, A, Bs, Cs, D, kept, state, decay, *decays = ctx.saved_tensors
+        decays = _Decays(*decays)
+        compute, length, (_, _, _, q, n) = Bs.dtype, grad.size(1), Bs.shape
+        ys, dys = _chunked(kept, q, compute), _chunked(grad, q, compute).contiguous()
+        size, skip = _Sizes.of(xs, Bs), D.to(compute)
+        chunks = len(xs)
+        through = size.grouped(decays.through[..., None, None])
+        d_x = xs.new_empty(size.b, chunks * q, size.g * size.r, size.p)
+        d_xs, d_Bs, d_Cs = _chunked(d_x, q, compute), torch.empty_like(Bs), torch.empty_like(Cs)
+        x_dx, x_dy, y_dy, s_ds = (torch.zeros_like(decays.steps) for _ in range(4))
+        ones = xs.new_ones(size.p)
+        # Of the state that leaves a chunk: from the chunks that read it back to those that fed it.
+        d_state = xs.new_empty(size.block, *state.shape[1:])
+        after = torch.zeros_like(state[0])
+        for block in reversed(size.blocks(chunks)):
+            rows, d_rows, to, of = xs[block], dys[block], Bs[block].flatten(0, 2), Cs[block].flatten(0, 2)
+            entering = state[block].view(-1, n, size.r * size.p)
+            scaled = size.scaled(d_rows, decays.from_start[block])
+            d_read = size.states(torch.bmm(of.mT, scaled))
+            for number in range(block.stop - 1, block.start - 1, -1):
+                d_state[number - block.start] = after
+                after = torch.addcmul(d_read[number - block.start], after, through[number])
+            left = state[block.start + 1 : block.stop + 1]
+            s_ds[block][: len(left), ..., -1] = (left * d_state[: len(left)]).sum((-3, -1)).flatten(2)
+            leaving = d_state[: block.stop - block.start].view(-1, n, size.r * size.p)
+            d_of = torch.bmm(scaled, entering.mT)
+            d_to = torch.bmm(size.scaled(rows, decays.to_end[block]), leaving.mT)
+            d_added = size.rows(torch.bmm(to, leaving))
+            # Inside a chunk.
+            heads, d_heads = size.heads(rows), size.heads(d_rows)
+            square = torch.bmm(d_heads, heads.mT).view_as(decay[block])
+            x_dy[block] = square.diagonal(dim1=-2, dim2=-1)
+            d_scores = square.mul_(decay[block]).unflatten(2, (size.g, size.r)).sum(3)
+            d_scores = decays.masked(d_scores, block).flatten(0, 2)
+            torch.baddbmm(d_of, d_scores, to, out=d_Cs[block].view_as(of))
+            torch.baddbmm(d_to, d_scores.mT, of, out=d_Bs[block].view_as(to))
+            scores = decays.masked(torch.bmm(of, to.mT).view(-1, size.b, size.g, q, q), block)
+            grouped = [each.unflatten(2, (size.g, size.r)) for each in (decay[block], square)]
+            torch.mul(grouped[0], scores[:, :, :, None], out=grouped[1])
+            d_inside = torch.bmm(size.heads(square).mT, d_heads).view(rows.shape)
+            d_inside.addcmul_(d_added, decays.to_end[block][..., None])
+            # The log decay and what it is made of.
+            product = d_inside * rows
+            x_dx[block] = torch.mv(product.view(-1, size.p), ones).view_as(x_dx[block])
+            torch.mul(ys[block], d_rows, out=product)
+            y_dy[block] = torch.mv(product.view(-1, size.p), ones).view_as(y_dy[block])
+            torch.addcmul(d_inside, d_rows, skip[:, None, None], out=d_xs[block])
+        d_cum = (y_dy - x_dx).addcmul_(x_dy, skip[:, None], value=-1).add_(s_ds)
+        if decays.within is None:
+            d_log = d_cum.flip(-1).cumsum(-1).flip(-1)
+        else:
+            d_log = (decays.within.mT @ d_cum[..., None]).squeeze(-1)
+        d_dt = (x_dx / decays.steps.clamp_min(torch.finfo(compute).tiny)).addcmul_(d_log, A.to(compute)[:, None])
+        d_A = (d_log * decays.steps).sum((0, 1, 3)).to(A.dtype)
+        d_D = x_dy.sum((0, 1, 3)).to(D.dtype)
         x_type, dt_type, B_type, C_type = ctx.dtypes
         return (
-            _sequence_first(dx, length).to(x_type), _sequence_first(d_dt, length).to(dt_type), dA,
-            _sequence_first(dB, length).to(B_type), _sequence_first(dC, length).to(C_type), dD, None, None,
+            d_x[:, :length].to(x_type), _sequence(d_dt, length).to(dt_type), d_A,
+            _sequence(d_Bs, length).to(B_type), _sequence(d_Cs, length).to(C_type), d_D, None, None,
         )  # fmt: skip

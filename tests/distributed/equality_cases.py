@@ -222,8 +222,8 @@ def _gated_norm_over_the_whole_group(model: Any) -> Callable[[], None]:
 def _unmasked_residual(model: Any) -> Callable[[], None]:
     """One layer adds to channels that the submodel does not have."""
     layer = model.decoder.layers[1]
-    layer.forward = lambda x, **k: x + layer.mlp(
-        layer.pre_mlp_layernorm(x, width=k["masks"].hidden.sum()), mask=k["masks"].axes["ffn"]
+    layer.forward = lambda x, **k: (
+        x + layer.mlp(layer.pre_mlp_layernorm(x, width=k["masks"].hidden.sum()), mask=k["masks"].axes["ffn"])
     )
     return lambda: layer.__dict__.pop("forward")
 

@@ -34,9 +34,7 @@ HALVED = {axis: Selection.from_dict({**SHAPE.full, axis: SHAPE.full[axis] // 2})
 def family(axis: str) -> Family:
     """The toy whose smaller budget is as large as the parent without half of `axis`."""
     target = parameters(SHAPE, HALVED[axis].sizes) / parameters(SHAPE, SHAPE.full)
-    return Family(
-        shape=SHAPE, ffn_blocks=8, choices=NARROWED, budgets=(Budget("p100", 1.0), Budget("small", target))
-    )
+    return Family(shape=SHAPE, ffn_blocks=8, choices=NARROWED, budgets=(Budget("p100", 1.0), Budget("small", target)))
 
 
 def halves(blocks: int, size: int, width: int) -> tuple[Tensor, Tensor]:

@@ -292,8 +292,9 @@ def test_rank_parent_writes_one_file(process, tmp_path, monkeypatch):
 
 
 def test_a_split_that_does_not_fit_is_refused(process, tmp_path, monkeypatch):
-    with pytest.raises(ElasticError, match="1 ranks: they must be a multiple of TP x PP = 4"), process.split_groups(
-        parent.FLAGS
+    with (
+        pytest.raises(ElasticError, match="1 ranks: they must be a multiple of TP x PP = 4"),
+        process.split_groups(parent.FLAGS),
     ):
         pass
     write_data(tmp_path / "text", 1000)

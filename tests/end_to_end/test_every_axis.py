@@ -14,7 +14,7 @@ import torch
 from megatron_elastic.checkpoint import find_checkpoint, read_metadata
 from megatron_elastic.layout import Layout, ModelShape
 from tests.end_to_end import small_run
-from tests.rank_server import RankServer
+from tests.rank_server import RankServer, hook
 from tests.unit import small_parent
 
 SHAPE = ModelShape(
@@ -30,6 +30,8 @@ MEGATRON: dict[str, Any] = {
     "moe-token-dispatcher-type": "alltoall", "expert-model-parallel-size": 2, "use-distributed-optimizer": True,
     "overlap-grad-reduce": True, "overlap-param-gather": True, **small_run.WITHOUT_WANDB,
 }  # fmt: skip
+UNBROUGHT = 3
+"""An iteration in which the count of each expert's tokens is as if it were still on the device."""
 AXES = {
     "hidden": [32, 24, 16], "ffn": [64, 48, 32], "mamba_heads": [4, 2], "mamba_head_dim": [8, 6, 4],
     "attention_heads": [4, 2], "experts": [8, 6, 4], "expert_ffn": [16, 12, 8], "shared_expert_ffn": [32, 16],
@@ -80,9 +82,22 @@ def trained(tmp_path_factory: pytest.TempPathFactory, server: RankServer) -> tup
     (folder / "sorted").rename(folder / "other")
     command(server, folder, "rank", "recipe.yaml", "--checkpoint", "parent", "--out", "scores.pt")
     command(server, folder, "sort", "recipe.yaml", "--checkpoint", "parent", "--scores", "scores.pt", "--out", "sorted")
-    run = server.train(folder)
+    counting = hook("tests.end_to_end.host_reads:count", out=str(folder / "reads"), unbrought=UNBROUGHT)
+    run = server.train(folder, hooks=[counting])
     assert run.status == 0, run.text()[-4000:]
     return folder, run.text()
+
+
+def test_experts_wait_for_no_device(trained: tuple[Path, str]) -> None:
+    """Core's dispatcher brings the tokens of each expert to the host; where nobody had, each layer would wait."""
+    for rank in range(2):
+        reads = json.loads((trained[0] / f"reads-{rank}").read_text())
+        assert {"2", "3", "4"} <= set(reads)  # soft, sliced, sliced
+        for iteration, counts in reads.items():
+            inside = {key for key in counts if key.startswith(("layers/", "ops/", "model.py"))}
+            assert inside == ({"layers/moe.py:forward:tolist"} if int(iteration) == UNBROUGHT else set())
+        assert not [key for key in reads["4"] if key.startswith("made:")]
+        assert any(key.startswith("made:") for counts in reads.values() for key in counts)
 
 
 def loss(server: RankServer, folder: Path, *words: object) -> dict[str, Any]:

@@ -101,8 +101,7 @@ def test_smaller_budgets_are_nested_in_larger_ones():
     for name, dimensions in LAYOUT.parameters().items():
         for dimension in dimensions:
             rows = [
-                {row for a, b in dimension.segments(s.sizes, SHAPE.full) for row in range(a, b)}
-                for s in (small, large)
+                {row for a, b in dimension.segments(s.sizes, SHAPE.full) for row in range(a, b)} for s in (small, large)
             ]
             assert rows[0] <= rows[1], name
 
@@ -203,7 +202,7 @@ def test_what_was_written_is_compared_with_what_should_be(tmp_path, monkeypatch,
             file.write_bytes(content)
 
     monkeypatch.setattr(writing._Writer, "finish", damaged)
-    with pytest.raises(CheckpointError, match=f"{name} is (not what was written|stored as)"):
+    with pytest.raises(CheckpointError, match=f"{name} is not what was written"):
         take(tmp_path / "parent", tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["parent"]
 

@@ -31,5 +31,5 @@ def extract(source: Path, out: Path, pipe: Connection) -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     integrity._check_digests = _telling(pipe, "checking", integrity._check_digests)
     extraction.read_entries = _telling(pipe, "writing", extraction.read_entries)
-    writing.read_tensor = _telling(pipe, "verifying", writing.read_tensor)  # type: ignore[attr-defined]
+    writing.file_digests = _telling(pipe, "verifying", writing.file_digests)  # type: ignore[attr-defined]
     sys.exit(main(["extract", "--checkpoint", str(source), "--budget", "p100", "--out", str(out)]))

@@ -2,6 +2,7 @@
 
 import errno
 import io
+import itertools
 import json
 import pickle
 import weakref
@@ -18,7 +19,7 @@ from megatron_elastic.checkpoint.plain import load_plain
 from megatron_elastic.errors import CheckpointError
 from megatron_elastic.layout import Layout, ModelShape
 from megatron_elastic.metadata import Metadata
-from tests.unit import small_parent
+from tests.unit import sharded, small_parent
 
 LAYER = "decoder.layers.0"
 SHAPE = ModelShape(
@@ -87,6 +88,31 @@ def test_parts_are_stored_as_megatron_names_them(tmp_path):
     whole = values()[f"{LAYER}.mixer.in_proj.weight"]
     assert torch.equal(checkpoint.read_tensor(path, f"{LAYER}.mixer.in_proj.weight.x"), whole[4:8])
     assert not torch.equal(checkpoint.read_tensor(path, f"{LAYER}.mixer.in_proj.weight.z"), whole[4:8])
+
+
+RUNS = {
+    "all": None, "prefix": [*range(20)], "long runs": [*range(3, 15), *range(20, 32)], "joined": [*range(9, 32)],
+    "a run backwards": [*range(16, 32), *range(16)], "short runs": [0, 1, 5, 6, 7, 30], "shuffled": [31, 0, 17, 4],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("shards", [1, 4])
+def test_entries_are_read_in_the_order_that_is_asked_for(tmp_path, shards, monkeypatch):
+    monkeypatch.setattr(checkpoint.reading, "_BLOCK_BYTES", 5 * 32 * 32 * 4)  # five rows at once
+    generator = torch.Generator().manual_seed(0)
+    names = {"a.weight": 0, "b.fc2.weight": 1}  # sharded along the first and the last dimension
+    tensors = {name: torch.randn(32, 32, 32, generator=generator) for name in names}
+    lazy = {name: LazyTensor((32, 32, 32), torch.float32, lambda t=t: t) for name, t in tensors.items()}
+    path = sharded.write(tmp_path / "model", lazy, shards=shards)
+    for name, tensor in tensors.items():
+        for (number, rows), columns in itertools.product(enumerate(RUNS.values()), RUNS.values()):
+            middle = [*RUNS.values()][(3 * number + 1) % len(RUNS)]
+            wanted = [None if each is None else torch.tensor(each) for each in (rows, middle, columns)]
+            expected = tensor
+            for dimension, each in enumerate(wanted):
+                expected = expected if each is None else expected.index_select(dimension, each)
+            assert torch.equal(checkpoint.read_entries(path, name, wanted), expected)
+        assert not torch.equal(expected, tensor[:4, :4, :4])
 
 
 def test_common_keeps_plain_values(tmp_path):

@@ -92,6 +92,20 @@ def test_commands_refuse_it_with_one_message(
     assert [each.name for each in tmp_path.iterdir()] == ["family"]
 
 
+@pytest.mark.parametrize("command", ["extract", "export"])
+def test_what_is_not_to_be_verified_is_taken_as_it_is(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str
+) -> None:
+    flags = {**FAMILY.flags, "position-embedding-type": "none"}
+    path = family(tmp_path / "family", dataclasses.replace(FAMILY, flags=flags))
+    flip(shard(path), -300)
+    words = [command, "--checkpoint", tmp_path / "family", "--budget", "p100", "--out", tmp_path / "out"]
+    assert main([str(word) for word in words]) == 1
+    assert "is damaged" in capsys.readouterr().err
+    assert main([*map(str, words), "--no-verify"]) == 0
+    assert (tmp_path / "out").exists()
+
+
 def test_a_file_that_the_manifest_does_not_list_is_refused(tmp_path: Path) -> None:
     path = family(tmp_path / "family")
     name = shard(path).name
@@ -142,8 +156,10 @@ def test_every_byte_of_the_index_that_is_wrong_is_told_without_a_manifest_too(tm
 def test_what_was_checked_is_not_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = family(tmp_path / "family")
     read: list[str] = []
-    digests = integrity._digests
-    monkeypatch.setattr(integrity, "_digests", lambda path, names, bar: read.extend(names) or digests(path, names, bar))
+    digests = integrity.file_digests
+    monkeypatch.setattr(
+        integrity, "file_digests", lambda path, names, label: read.extend(names) or digests(path, names, label)
+    )
     checkpoint.verify(path)
     assert len(read) == len(list(path.iterdir())) - 1
     checkpoint.verify(path)

@@ -17,6 +17,7 @@ from megatron_elastic.checkpoint import find_checkpoint
 from megatron_elastic.errors import CheckpointError, HFError
 from megatron_elastic.extraction import extract_budget
 from megatron_elastic.flags import model_shape
+from megatron_elastic.hf import tensors as hf_tensors
 from megatron_elastic.hf.config import read_config
 from megatron_elastic.hf.exporting import export_model
 from megatron_elastic.hf.importing import import_model
@@ -48,6 +49,26 @@ def test_a_round_trip_changes_no_bit(config: Config, tmp_path: Path) -> None:
     assert {k: written[k] for k in config if k != "auto_map"} == {k: v for k, v in config.items() if k != "auto_map"}
     assert exported["parameters"] == imported["parameters"]
     assert exported["warnings"] == []
+
+
+def test_what_was_written_is_compared_with_what_should_be(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import_model(folders.write(tmp_path / "hf", config), tmp_path / "checkpoint")
+    read = hf_tensors.file_digests
+
+    def damaged(folder: Path, names: list[str], label: str | None) -> dict[str, str]:
+        content = bytearray((folder / names[0]).read_bytes())
+        content[-1] ^= 1
+        (folder / names[0]).write_bytes(content)
+        return read(folder, names, label)
+
+    monkeypatch.setattr(hf_tensors, "file_digests", damaged)
+    with pytest.raises(HFError, match="is not what was written"):
+        export_model(tmp_path / "checkpoint", tmp_path / "out", shard_bytes=4000)
+    assert not (tmp_path / "out").exists()
+    export_model(tmp_path / "checkpoint", tmp_path / "out", verify=False)
+    assert folders.same(folders.read(tmp_path / "out"), folders.read(tmp_path / "hf"))
 
 
 def test_another_weight_is_another_model(config: Config, tmp_path: Path) -> None:
