@@ -127,7 +127,7 @@ def digests_of(path: Path) -> dict[str, str]:
         CheckpointError: the manifest is damaged.
     """
     found = _read_manifest(path)
-    return found or file_digests(path, sorted(each.name for each in path.iterdir() if each.is_file()))
+    return found or file_digests(path, sorted(each.name for each in path.iterdir() if each.is_file()), None)
 
 
 def has_manifest(path: Path) -> bool:
