@@ -282,8 +282,10 @@ class ElasticHybridModel(HybridModel):
 
     def teacher_target(self, hidden: Tensor, live: bool = False) -> TeacherTarget:
         """What the students of a batch are compared with: the teacher's final hidden states and its LM head."""
+        # In mixed precision core hands on what the last stage returns in fp32: it was in the head's type, and is again.
+        hidden = hidden.detach().to(self.output_layer.weight.dtype)
         # The live teacher's head is read where its owner runs: elsewhere it may be stale.
-        return TeacherTarget(hidden.detach(), None if live else self._frozen_teacher().output_layer.weight.detach())
+        return TeacherTarget(hidden, None if live else self._frozen_teacher().output_layer.weight.detach())
 
     def sharded_state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Adds the family's state under keys that do not depend on the layout (first model chunk only)."""
