@@ -28,6 +28,14 @@ class Masks:
     axes: Mapping[str, Tensor]
 
 
+def effective_width(mask: Tensor) -> Tensor:
+    """What a norm over masked channels divides by: the sum of `mask` `[h]`, 0-dim, in at least fp32.
+
+    In bf16 a sum over thousands of channels would be rounded to a multiple of 16 or 32.
+    """
+    return mask.sum(dtype=torch.promote_types(mask.dtype, torch.float32))
+
+
 class MaskTables(torch.nn.Module):
     """The 0/1 mask of every choice, built once for one rank; mixes them by probability.
 

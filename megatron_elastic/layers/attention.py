@@ -13,6 +13,7 @@ from megatron_elastic.layers.context_parallel import context_parallel_attention
 from megatron_elastic.layers.moe_role import MoeRole
 from megatron_elastic.layers.recompute import residual_branch
 from megatron_elastic.masks import Masks
+from megatron_elastic.ops.masking import masked
 
 
 class NoCoreAttention:
@@ -69,7 +70,7 @@ class ElasticSelfAttention(SelfAttention):
         else:
             context = self.attend(query, key, value, documents)
         if mask is not None:
-            context = context * mask.repeat_interleave(width)
+            context = masked(context, mask.repeat_interleave(width))
         out, _ = self.linear_proj(context, segments=segments.get("self_attention.linear_proj.weight"))
         return out
 

@@ -7,7 +7,8 @@ from torch import Tensor
 from megatron_elastic.family import LayerPlan
 from megatron_elastic.layers.moe_role import MoeRole
 from megatron_elastic.layers.plain import LocalMambaMixer
-from megatron_elastic.masks import Masks
+from megatron_elastic.masks import Masks, effective_width
+from megatron_elastic.ops.masking import masked
 from megatron_elastic.ops.sliced_parameter import sliced_parameter
 
 
@@ -80,8 +81,9 @@ class ElasticMambaLayer(MambaLayer):
     ) -> Tensor:
         """`[s, b, kept hidden]` -> the same shape. `rotary_pos_emb` and `moe` are not used."""
         if masks is not None:
-            normed = self.norm(hidden_states, width=masks.hidden.sum())
+            normed = self.norm(hidden_states, width=effective_width(masks.hidden))
             channels = (masks.axes["mamba_heads"][:, None] * masks.axes["mamba_head_dim"]).flatten()
-            return hidden_states + self.mixer(normed, mask=channels, documents=documents) * masks.residual
+            out = self.mixer(normed, mask=channels, documents=documents)
+            return masked(out, masks.residual, hidden_states)
         normed = self.norm(hidden_states, segments=None if plan is None else plan.segments["norm.weight"])
         return hidden_states + self.mixer(normed, plan=plan, documents=documents)

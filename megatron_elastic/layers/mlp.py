@@ -8,6 +8,7 @@ from megatron_elastic.family import LayerPlan
 from megatron_elastic.layers.moe_role import MoeRole
 from megatron_elastic.layers.recompute import checkpointed, residual_branch
 from megatron_elastic.masks import Masks
+from megatron_elastic.ops.masking import masked
 
 
 def activations(mlp: MLP, neurons: Tensor, mask: Tensor | None = None, scale: Tensor | None = None) -> Tensor:
@@ -28,7 +29,7 @@ def activations(mlp: MLP, neurons: Tensor, mask: Tensor | None = None, scale: Te
     else:
         active = mlp.config.activation_func(neurons)
     if mask is not None:
-        active = active * mask
+        active = masked(active, mask)
     return active if scale is None else (active * scale.unsqueeze(-1)).to(active.dtype)
 
 

@@ -11,7 +11,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_elastic.axes import Segments
-from megatron_elastic.masks import Masks
+from megatron_elastic.masks import Masks, effective_width
+from megatron_elastic.ops.masking import masked
 
 
 def layer_precision(config: TransformerConfig, layer_number: int) -> AbstractContextManager[Any]:
@@ -99,6 +100,6 @@ def residual_branch(
         found: Tensor = norm(x, width=width, segments=segments)
         return found
 
-    width = None if masks is None else masks.hidden.sum()
+    width = None if masks is None else effective_width(masks.hidden)
     out = normed(normalised, body, x, width, recompute=recompute)
-    return x + (out if masks is None else out * masks.residual)
+    return x + out if masks is None else masked(out, masks.residual, x)

@@ -19,7 +19,7 @@ from megatron_elastic.layers.moe_role import MoeRole
 from megatron_elastic.layers.norm import ElasticRMSNorm
 from megatron_elastic.layers.plain import LocalHybridStack
 from megatron_elastic.layers.recompute import layer_precision
-from megatron_elastic.masks import MaskTables
+from megatron_elastic.masks import MaskTables, effective_width
 from megatron_elastic.ops.unused import unused
 
 EXPERTS = "mlp.experts.experts.linear_fc1.weight"
@@ -97,7 +97,7 @@ class ElasticStack(LocalHybridStack):
             x = x * mixed[0][0]  # `hidden` is the first axis
         x = self._layers(x, mixed, plan, moe, rotary_pos_emb, documents)
         if self.post_process and mixed:
-            x = self.final_norm(x, width=mixed[0][0].sum())
+            x = self.final_norm(x, width=effective_width(mixed[0][0]))
         elif self.post_process:
             x = self.final_norm(x, segments=None if plan is None else plan.segments["decoder.final_norm.weight"])
         elif plan is not None and plan.hidden < self.config.hidden_size:

@@ -65,4 +65,9 @@ def conv_kernel(x: Tensor, weight: Tensor) -> Any:
 
 def norms_are_fused(x: Tensor, channels: int) -> bool:
     """Whether norms of `channels` of `x` run as this package's Triton kernels: on a GPU, up to fp32."""
-    return x.is_cuda and x.dtype is not torch.float64 and channels <= _LARGEST_BLOCK and found("triton") is not None
+    return channels <= _LARGEST_BLOCK and masks_are_fused(x)
+
+
+def masks_are_fused(x: Tensor) -> bool:
+    """Whether `x` is multiplied with soft masks by this package's Triton kernel: on a GPU, up to fp32."""
+    return x.is_cuda and x.dtype is not torch.float64 and found("triton") is not None

@@ -14,6 +14,7 @@ from megatron_elastic.ops.attention import causal_attention, causal_attention_re
 from megatron_elastic.ops.causal_conv import causal_conv1d_silu, causal_conv1d_silu_ref
 from megatron_elastic.ops.gated_norm import gated_rms_norm, gated_rms_norm_ref
 from megatron_elastic.ops.kd_loss import kd_loss, kd_loss_ref
+from megatron_elastic.ops.masking import masked, masked_ref
 from megatron_elastic.ops.norm import rms_norm, rms_norm_ref
 from megatron_elastic.ops.sliced_parameter import sliced_parameter, sliced_parameter_ref
 from megatron_elastic.ops.ssd import ssd, ssd_ref
@@ -112,6 +113,15 @@ def test_norms(device: torch.device) -> None:
         lambda *t: gated_rms_norm_ref(*t[:3], 4, 1e-5, t[3]),
         [x, z, weight, mask],
     )
+
+
+def test_product_with_a_mask(device: torch.device) -> None:
+    """A soft mask, its gradient included, and the residual stream; a Triton kernel on a GPU."""
+    values, residual = (normal(300, 2, 64, device=device, seed=i) for i in range(2))
+    mask = torch.sigmoid(normal(64, device=device, seed=2)) + 0.5
+    compare(masked, masked_ref, [values, mask])
+    # The sum of a product with the stream is rounded twice where it is not one kernel.
+    compare(masked, masked_ref, [values, mask, residual])
 
 
 def test_attention(device: torch.device) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from megatron_elastic.budget import Selection
 from megatron_elastic.layout import Layout
-from megatron_elastic.masks import MaskTables, one_hot
+from megatron_elastic.masks import MaskTables, effective_width, one_hot
 from tests.unit.small_family import AXES, FAMILY, LAYERS, SHAPE, VARIED, narrow, varied_selections
 
 
@@ -110,3 +110,11 @@ def test_one_hot_has_a_row_for_every_layer_that_chooses() -> None:
     assert {axis: tuple(p.shape) for axis, p in found.items()} == {
         axis: (VARIED.uses(axis), len(VARIED.choices[axis])) for axis in AXES
     }
+
+
+def test_effective_width_of_a_bfloat16_mask_is_whole() -> None:
+    """2712 kept channels lie between two numbers of 8 bits."""
+    mask = (torch.arange(4096) < 2712).bfloat16()
+    assert float(effective_width(mask)) == 2712.0
+    assert effective_width(mask.double()).dtype is torch.float64
+    assert float(mask.sum()) != 2712.0

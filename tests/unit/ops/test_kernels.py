@@ -118,6 +118,8 @@ def test_kernels_are_chosen_by_device_type_and_sizes(monkeypatch: pytest.MonkeyP
     assert not kernels.norms_are_fused(torch.empty(2), 2)
     assert not kernels.norms_are_fused(on_gpu(dtype=torch.float64), 2)
     assert not kernels.norms_are_fused(on_gpu(), 2**16)
+    assert kernels.masks_are_fused(on_gpu())
+    assert not kernels.masks_are_fused(torch.empty(2))
     monkeypatch.setattr(kernels, "found", lambda name: None)
     assert kernels.scan_kernel(on_gpu()) is None
     assert kernels.conv_kernel(on_gpu(2, 9, 48), weight) is None

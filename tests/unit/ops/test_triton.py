@@ -11,8 +11,7 @@ import pytest
 
 CASES = Path(__file__).parent / "triton_cases.py"
 GROUPED_BY_TYPE = {
-    "constexpr": ("BLOCK", "HAS_WIDTH", "HAS_MASK"),
-    "*bf16": ("x", "y", "z", "weight", "grad", "dx", "dy", "dz", "out"),
+    "*bf16": ("x", "y", "z", "weight", "grad", "dx", "dy", "dz", "out", "values", "residual", "dvalues"),
     "*fp32": ("width", "mask", "dweight", "dwidth", "dmask"),
     "fp32": ("eps",),
 }
@@ -37,7 +36,7 @@ def test_kernels_are_their_references_under_the_interpreter() -> None:
 
 
 @pytest.mark.parametrize("masked", [True, False])
-@pytest.mark.parametrize("module", ["triton_norm", "triton_gated_norm"])
+@pytest.mark.parametrize("module", ["triton_norm", "triton_gated_norm", "triton_masking"])
 def test_kernels_compile(module: str, masked: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """For compute capability 9.0: the interpreter takes more than the compiler does."""
     import importlib
@@ -49,8 +48,9 @@ def test_kernels_compile(module: str, masked: bool, monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     kernels: Any = importlib.import_module(f"megatron_elastic.ops.{module}")
     for kernel in (kernels._forward, kernels._backward):
-        constants = {"BLOCK": 2048, "HAS_WIDTH": masked, "HAS_MASK": masked}
-        constants |= {} if masked else {"width": None, "mask": None}
+        constants = {"BLOCK": 2048, "HAS_WIDTH": masked, "HAS_MASK": masked, "HAS_RESIDUAL": masked}
+        constants |= {} if masked else {"width": None, "residual": None}
+        constants |= {} if masked or module == "triton_masking" else {"mask": None}
         constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
         types = {name: "constexpr" if name in constants else TYPES.get(name, "i32") for name in kernel.arg_names}
         source = ASTSource(kernel, signature=types, constexprs=constants)

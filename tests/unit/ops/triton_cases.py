@@ -11,8 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_elastic.ops import triton_rows
+from megatron_elastic.ops import triton_masking, triton_rows
 from megatron_elastic.ops.gated_norm import gated_rms_norm_ref
+from megatron_elastic.ops.masking import masked_ref
 from megatron_elastic.ops.norm import rms_norm_ref
 from megatron_elastic.ops.triton_gated_norm import gated_rms_norm
 from megatron_elastic.ops.triton_norm import rms_norm
@@ -27,7 +28,7 @@ Op = Callable[..., Tensor]
 @pytest.fixture(autouse=True)
 def _few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
     # Fewer than rows, so that a program has several; one program's share is larger than another's.
-    for module in ("triton_norm", "triton_gated_norm"):
+    for module in ("triton_norm", "triton_gated_norm", "triton_masking"):
         monkeypatch.setattr(f"megatron_elastic.ops.{module}.PROGRAMS", 4)
 
 
@@ -90,7 +91,7 @@ def test_norm_of_one_channel_and_of_no_row() -> None:
 
 def strided(t: Tensor) -> Tensor:
     """The same numbers `[s, b, d]` inside a larger tensor in which the batch comes first."""
-    room = torch.full((t.size(1), t.size(0), t.size(2) + 5), torch.nan)
+    room = torch.full((t.size(1), t.size(0), t.size(2) + 5), torch.nan, dtype=t.dtype)
     room[..., 3 : 3 + t.size(2)] = t.transpose(0, 1)
     return room[..., 3 : 3 + t.size(2)].transpose(0, 1)
 
@@ -132,6 +133,19 @@ def test_gated_norm_without_a_mask() -> None:
     found = errors(lambda *t: gated_rms_norm(*t, 2, EPS), lambda *t: gated_rms_norm_ref(*t, 2, EPS), inputs)
     assert max(found) < 1e-5
     assert max(errors(lambda *t: gated_rms_norm(*t, 4, EPS), lambda *t: gated_rms_norm_ref(*t, 2, EPS), inputs)) > 1e-2
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES)
+@pytest.mark.parametrize("added", [False, True])
+def test_product_with_a_mask(
+    dtype: torch.dtype, added: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(triton_masking, "BLOCK", 32)  # two programs for the channels
+    inputs = [normal(5, 2, 40).to(dtype), torch.rand(40, generator=torch.Generator().manual_seed(1)) + 0.1]
+    inputs += [strided(normal(5, 2, 40, seed=2).to(dtype))] if added else []
+    assert max(errors(triton_masking.masked, masked_ref, inputs)) < TOLERANCES[dtype]
+    other = errors(lambda v, m, *r: triton_masking.masked(v, m + 0.1, *r), masked_ref, inputs)
+    assert max(other) > 0.02
 
 
 @pytest.mark.parametrize("kept", [0, 5])
