@@ -88,7 +88,7 @@ def _show(machine: "Machine", verdicts: "Mapping[str, Verdict]", found: "Sequenc
     print("\nPackages")
     for name, package in machine.packages.items():
         line = f"  {name:<24}  {package.version or '-':<16}  {_state(package)}"
-        print(f"{line}: {package.error}" if package.error else line)
+        print(f"{line}: {package.brief}" if package.error else line)
     print("\nFeatures")
     for name, verdict in verdicts.items():
         print(f"  {'yes' if verdict.works else 'no ':<3}  {name:<32}  {verdict.why}")

@@ -9,7 +9,8 @@ from megatron_elastic.cli.probes import TEST_TOOLS, Machine, Package
 TE = "transformer-engine"
 MEGATRON = "megatron-core"
 SUPPORTED_CORE = "0.19."
-FULL_TE = "pip install --no-build-isolation 'transformer-engine[core_cu13,pytorch]{version}'"
+OTHER_TORCH = "undefined symbol"
+"""What the loader says of an extension that was compiled against another torch."""
 FP8_FROM = (8, 9)
 MXFP8_FROM = (10, 0)
 
@@ -46,12 +47,23 @@ def _pinned(version: str | None) -> str:
     return f"=={version}" if version else ""
 
 
+def _full_te(machine: Machine) -> str:
+    cuda = str(machine.packages["torch"].found.get("cuda") or "13").split(".")[0]
+    version = _pinned(machine.packages[TE].version)
+    return f"pip install --no-build-isolation 'transformer-engine[core_cu{cuda},pytorch]{version}'"
+
+
+def _rebuild(name: str, version: str | None) -> str:
+    options = "--no-build-isolation --force-reinstall --no-deps --no-cache-dir"
+    return f"pip install {options} {name}{_pinned(version)}"
+
+
 def transformer_engine_fault(machine: Machine) -> Fault | None:
     """Why an installed Transformer Engine cannot be imported, by name; None where it can, or is not there."""
     package = machine.packages[TE]
     if package.version is None or package.works is not False:
         return None
-    full = FULL_TE.format(version=_pinned(package.version))
+    full = _full_te(machine)
     remove = "or, on a machine that does not use it: pip uninstall transformer-engine"
     core = [name for name in (f"{TE}-cu12", f"{TE}-cu13") if machine.packages[name].version]
     binding = machine.packages[f"{TE}-torch"].version
@@ -63,7 +75,12 @@ def transformer_engine_fault(machine: Machine) -> Fault | None:
         return Fault(f"the parts of {TE} are of different versions: {told}", f"{full}; {remove}")
     if core and binding is None:
         return Fault(f"{TE} {package.version} has no binding to torch ({TE}-torch)", f"{full}; {remove}")
-    return Fault(f"{TE} {package.version} cannot be imported: {package.error}", f"{full}; {remove}")
+    if OTHER_TORCH in package.trace:
+        return Fault(
+            f"{TE} {package.version} was compiled against another torch",
+            f"{_rebuild(f'{TE}-torch', package.version)}; {remove}",
+        )
+    return Fault(f"{TE} {package.version} cannot be imported: {package.brief}", f"{full}; {remove}")
 
 
 def apex_fault(machine: Machine) -> Fault | None:
@@ -84,8 +101,8 @@ def _import_fault(machine: Machine) -> Fault | None:
     if "transformer_engine" in engine.trace:
         cause = transformer_engine_fault(machine)
         if cause is not None:
-            return Fault(f"{cause.what}, and so `import megatron.core` fails: {engine.error}", cause.remedy)
-    return Fault(f"`import megatron.core, megatron.training` fails: {engine.error}", "pip install .")
+            return Fault(f"{cause.what}, and so `import megatron.core` fails", cause.remedy)
+    return Fault(f"`import megatron.core, megatron.training` fails: {engine.brief}", "pip install .")
 
 
 def faults(machine: Machine) -> list[Fault]:
@@ -107,7 +124,11 @@ def faults(machine: Machine) -> list[Fault]:
 
 
 def _broken(name: str, package: Package) -> str:
-    return f"{name} is not installed" if package.version is None else f"{name} {package.version} fails: {package.error}"
+    if package.version is None:
+        return f"{name} is not installed"
+    if OTHER_TORCH in package.trace:
+        return f"{name} {package.version} was compiled against another torch"
+    return f"{name} {package.version} fails: {package.brief}"
 
 
 def _cpu(machine: Machine) -> Verdict:
@@ -127,9 +148,8 @@ def _cpu(machine: Machine) -> Verdict:
 
 
 def _gpu(machine: Machine) -> Verdict:
-    cpu = _cpu(machine)
-    if not cpu.works:
-        return cpu
+    if not _cpu(machine).works:
+        return Verdict(False, "Megatron does not start")
     gpus = machine.packages["torch"].found.get("gpus")
     if not gpus:
         return Verdict(False, "torch sees no GPU")
@@ -150,7 +170,7 @@ def _transformer_engine(machine: Machine) -> Verdict:
         return Verdict(True, f"{TE} {package.version}")
     fault = transformer_engine_fault(machine)
     if fault is None:
-        return Verdict(False, _broken(TE, package), FULL_TE.format(version=""))
+        return Verdict(False, _broken(TE, package), _full_te(machine))
     return Verdict(False, fault.what, fault.remedy)
 
 
@@ -168,9 +188,12 @@ def _fp8(machine: Machine) -> Verdict:
 
 def _packages(*names: str, remedy: str) -> Callable[[Machine], Verdict]:
     def verdict(machine: Machine) -> Verdict:
-        bad = [_broken(name, machine.packages[name]) for name in names if not machine.works(name)]
+        bad = [name for name in names if not machine.works(name)]
         if bad:
-            return Verdict(False, "; ".join(bad), remedy)
+            why = "; ".join(_broken(name, machine.packages[name]) for name in bad)
+            others = [name for name in bad if OTHER_TORCH in machine.packages[name].trace]
+            again = [_rebuild(name, machine.packages[name].version) for name in others]
+            return Verdict(False, why, "; ".join([*again, *([remedy] if len(others) < len(bad) else [])]))
         return Verdict(True, ", ".join(f"{name} {machine.packages[name].version}" for name in names))
 
     return verdict

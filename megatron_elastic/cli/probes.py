@@ -17,6 +17,8 @@ from typing import Any
 TIMEOUT = 180.0
 """Seconds that an import may take: a cold file system is slow, a hanging driver never answers."""
 AT_ONCE = 3
+LINE = 100
+"""Characters of an error that are shown; `--json` has all of it."""
 
 TORCH = """
 import torch
@@ -30,11 +32,11 @@ found["nccl"] = ".".join(map(str, torch.cuda.nccl.version())) if found["gpus"] e
 PROBES: Mapping[str, str] = {
     "torch": TORCH,
     "megatron-core": "import megatron.core, megatron.training",
-    # What Megatron and the elastic layers take from each, and not the package's name alone.
-    "transformer-engine": "from transformer_engine.pytorch.optimizers import FusedAdam",
+    # What Megatron and the elastic layers take from each, and not the package's name alone; after torch, as in a run.
+    "transformer-engine": "import torch; from transformer_engine.pytorch.optimizers import FusedAdam",
     "apex": "from apex.optimizers import FusedAdam",
     "mamba-ssm": "from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined",
-    "causal-conv1d": "from causal_conv1d import causal_conv1d_fn; import causal_conv1d_cuda",
+    "causal-conv1d": "import torch; from causal_conv1d import causal_conv1d_fn; import causal_conv1d_cuda",
     "triton": "import triton.language",
     "transformers": "from transformers import AutoModelForCausalLM",
     "nvidia-modelopt": "import modelopt.torch.opt",
@@ -71,6 +73,11 @@ class Package:
     error: str = ""
     trace: str = ""
     found: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def brief(self) -> str:
+        """The error in as much as stands on a line."""
+        return self.error if len(self.error) <= LINE else f"{self.error[: LINE - 3]}..."
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from megatron_elastic.cli import probes
+from megatron_elastic.cli import features, probes
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -30,6 +30,7 @@ except ImportError:
     pass
 """
 BARE = 'raise RuntimeError("Found empty `transformer-engine` meta package installed. Install it with extensions")\n'
+CUDNN = "libcudnn.so.9: cannot open shared object file"
 FUSED = "class FusedAdam: pass\n"
 
 
@@ -47,8 +48,8 @@ class Site:
             (self.folder / path).parent.mkdir(parents=True, exist_ok=True)
             (self.folder / path).write_text(text)
 
-    def torch(self, gpus: int = 0, capability: tuple[int, int] = (9, 0)) -> None:
-        self.add("torch", "2.13.0", {"torch.py": TORCH.format(cuda="13.0", gpus=gpus, capability=capability)})
+    def torch(self, gpus: int = 0, capability: tuple[int, int] = (9, 0), cuda: str = "13.0") -> None:
+        self.add("torch", "2.13.0", {"torch.py": TORCH.format(cuda=cuda, gpus=gpus, capability=capability)})
 
     def gpu_packages(self) -> None:
         self.torch(gpus=8)
@@ -113,22 +114,24 @@ def test_a_bare_transformer_engine_is_told_by_name(site: Site) -> None:
     assert "'transformer-engine[core_cu13,pytorch]==2.20.2'" in fault["remedy"]
     assert "pip uninstall transformer-engine" in fault["remedy"]
     assert found["features"]["train on CPU ranks"]["why"] == fault["what"]
+    site.torch(cuda="12.9")
     shown = site.doctor(status=1)
+    assert "'transformer-engine[core_cu12,pytorch]==2.20.2'" in shown
     assert "In the way: transformer-engine 2.20.2 is bare" in shown
     assert shown.endswith("This machine cannot train.\n")
 
 
 @pytest.mark.parametrize(
-    ("parts", "said"),
+    ("error", "parts", "said"),
     [
-        ({"cu13": "2.19.0", "torch": "2.20.2"}, "the parts of transformer-engine are of different versions"),
-        ({"cu13": "2.20.2"}, "has no binding to torch"),
-        ({"cu13": "2.20.2", "torch": "2.20.2"}, "cannot be imported: RuntimeError: libcudnn.so.9"),
+        (CUDNN, {"cu13": "2.19.0", "torch": "2.20.2"}, "the parts of transformer-engine are of different versions"),
+        (CUDNN, {"cu13": "2.20.2"}, "has no binding to torch"),
+        (CUDNN, {"cu13": "2.20.2", "torch": "2.20.2"}, "cannot be imported: OSError: libcudnn.so.9"),
+        ("x.so: undefined symbol: _ZN3c10", {"cu13": "2.20.2", "torch": "2.20.2"}, "compiled against another torch"),
     ],
 )
-def test_other_faults_of_transformer_engine(site: Site, parts: dict[str, str], said: str) -> None:
-    broken = 'raise RuntimeError("libcudnn.so.9: cannot open")\n'
-    site.add("transformer-engine", "2.20.2", {"transformer_engine/__init__.py": broken})
+def test_other_faults_of_transformer_engine(site: Site, error: str, parts: dict[str, str], said: str) -> None:
+    site.add("transformer-engine", "2.20.2", {"transformer_engine/__init__.py": f"raise OSError({error!r})\n"})
     for part, version in parts.items():
         site.add(f"transformer-engine-{part}", version, {})
     (fault,) = site.found(status=1)["faults"]
@@ -165,7 +168,12 @@ def test_a_gpu_machine_with_everything(site: Site) -> None:
     assert "no engine answers" in site.found()["features"]["container"]["why"]
     assert "blockwise; MXFP8 needs 10.0" in found["features"]["FP8"]["why"]
     assert found["features"]["train on GPUs, local backend"]["why"] == "8 x NVIDIA H100, NCCL 2.30.4"
-    # The same packages on an older GPU, and on none.
+    # A kernel that was compiled for another torch; the same packages on an older GPU, and on none.
+    broken = {"causal_conv1d_cuda.py": "raise ImportError('x.so: undefined symbol: _ZN3c10')\n"}
+    site.add("causal-conv1d", "1.7.0", broken)
+    verdict = site.found()["features"]["Mamba kernels"]
+    assert verdict["why"] == "causal-conv1d 1.7.0 was compiled against another torch"
+    assert "--force-reinstall --no-deps --no-cache-dir causal-conv1d==1.7.0" in verdict["remedy"]
     site.torch(gpus=1, capability=(8, 0))
     assert "8.0: FP8 needs 8.9" in site.found()["features"]["FP8"]["why"]
     site.torch(gpus=0)
@@ -186,6 +194,12 @@ def test_another_core_cannot_train(site: Site) -> None:
     assert "0.19.x is supported" in site.found(status=1)["features"]["train on CPU ranks"]["why"]
     (site.folder / "torch.py").write_text("import nothing_of_this_name\n")
     assert "torch 2.13.0 fails" in site.found(status=1)["features"]["train on CPU ranks"]["why"]
+
+
+def test_the_supported_core_is_the_packages() -> None:
+    """Which imports torch, so that it is written twice."""
+    text = (ROOT / "megatron_elastic" / "megatron_compat.py").read_text("utf-8")
+    assert f'SUPPORTED_CORE = "{features.SUPPORTED_CORE}"\n' in text
 
 
 def test_a_probe_that_hangs_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
