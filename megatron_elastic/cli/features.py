@@ -9,13 +9,10 @@ from megatron_elastic.cli.probes import TEST_TOOLS, Machine, Package
 TE = "transformer-engine"
 MEGATRON = "megatron-core"
 SUPPORTED_CORE = "0.19."
-FULL_TE = "pip install --no-build-isolation 'transformer-engine[core_cu13,pytorch]{version}'"
 OTHER_TORCH = "undefined symbol"
 """What the loader says of an extension that was compiled against another torch."""
 FP8_FROM = (8, 9)
-MXOTHER_TORCH = "undefined symbol"
-"""What the loader says of an extension that was compiled against another torch."""
-FP8_FROM = (10, 0)
+MXFP8_FROM = (10, 0)
 
 
 @dataclass(frozen=True)
@@ -50,6 +47,12 @@ def _pinned(version: str | None) -> str:
     return f"=={version}" if version else ""
 
 
+def _full_te(machine: Machine) -> str:
+    cuda = str(machine.packages["torch"].found.get("cuda") or "13").split(".")[0]
+    version = _pinned(machine.packages[TE].version)
+    return f"pip install --no-build-isolation 'transformer-engine[core_cu{cuda},pytorch]{version}'"
+
+
 def _rebuild(name: str, version: str | None) -> str:
     options = "--no-build-isolation --force-reinstall --no-deps --no-cache-dir"
     return f"pip install {options} {name}{_pinned(version)}"
@@ -60,7 +63,7 @@ def transformer_engine_fault(machine: Machine) -> Fault | None:
     package = machine.packages[TE]
     if package.version is None or package.works is not False:
         return None
-    full = FULL_TE.format(version=_pinned(package.version))
+    full = _full_te(machine)
     remove = "or, on a machine that does not use it: pip uninstall transformer-engine"
     core = [name for name in (f"{TE}-cu12", f"{TE}-cu13") if machine.packages[name].version]
     binding = machine.packages[f"{TE}-torch"].version
@@ -167,7 +170,7 @@ def _transformer_engine(machine: Machine) -> Verdict:
         return Verdict(True, f"{TE} {package.version}")
     fault = transformer_engine_fault(machine)
     if fault is None:
-        return Verdict(False, _broken(TE, package), FULL_TE.format(version=""))
+        return Verdict(False, _broken(TE, package), _full_te(machine))
     return Verdict(False, fault.what, fault.remedy)
 
 

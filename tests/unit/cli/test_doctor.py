@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from megatron_elastic.cli import probes
+from megatron_elastic.cli import features, probes
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -48,8 +48,8 @@ class Site:
             (self.folder / path).parent.mkdir(parents=True, exist_ok=True)
             (self.folder / path).write_text(text)
 
-    def torch(self, gpus: int = 0, capability: tuple[int, int] = (9, 0)) -> None:
-        self.add("torch", "2.13.0", {"torch.py": TORCH.format(cuda="13.0", gpus=gpus, capability=capability)})
+    def torch(self, gpus: int = 0, capability: tuple[int, int] = (9, 0), cuda: str = "13.0") -> None:
+        self.add("torch", "2.13.0", {"torch.py": TORCH.format(cuda=cuda, gpus=gpus, capability=capability)})
 
     def gpu_packages(self) -> None:
         self.torch(gpus=8)
@@ -114,7 +114,9 @@ def test_a_bare_transformer_engine_is_told_by_name(site: Site) -> None:
     assert "'transformer-engine[core_cu13,pytorch]==2.20.2'" in fault["remedy"]
     assert "pip uninstall transformer-engine" in fault["remedy"]
     assert found["features"]["train on CPU ranks"]["why"] == fault["what"]
+    site.torch(cuda="12.9")
     shown = site.doctor(status=1)
+    assert "'transformer-engine[core_cu12,pytorch]==2.20.2'" in shown
     assert "In the way: transformer-engine 2.20.2 is bare" in shown
     assert shown.endswith("This machine cannot train.\n")
 
@@ -192,6 +194,12 @@ def test_another_core_cannot_train(site: Site) -> None:
     assert "0.19.x is supported" in site.found(status=1)["features"]["train on CPU ranks"]["why"]
     (site.folder / "torch.py").write_text("import nothing_of_this_name\n")
     assert "torch 2.13.0 fails" in site.found(status=1)["features"]["train on CPU ranks"]["why"]
+
+
+def test_the_supported_core_is_the_packages() -> None:
+    """Which imports torch, so that it is written twice."""
+    text = (ROOT / "megatron_elastic" / "megatron_compat.py").read_text("utf-8")
+    assert f'SUPPORTED_CORE = "{features.SUPPORTED_CORE}"\n' in text
 
 
 def test_a_probe_that_hangs_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
