@@ -145,7 +145,7 @@ def test_a_rank_that_sees_less_than_rank_0_says_so(
 
     write_all(recipe, one_rank)
     monkeypatch.setattr(stage_cache, "CacheIndex", lambda *_: [])
-    with pytest.raises(CacheError, match="rank 0 sees 0 entries, rank 0 6: .* must be shared by all nodes"):
+    with pytest.raises(CacheError, match=r"rank 0 sees 0 entries, rank 0 6: .* must be shared by all nodes"):
         opened(recipe, one_rank)
 
 
