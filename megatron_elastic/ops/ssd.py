@@ -202,7 +202,7 @@ class _Sizes(NamedTuple):
 
     def grouped(self, t: Tensor) -> Tensor:
         """`[m, b, h, q, ...]` as `[m, b, g, q, r, ...]`: a group's heads side by side."""
-        return t.unflatten(2, (self.g, self.r)).transpose(3, 4)
+        return self.split(t).transpose(3, 4)
 
     def scaled(self, t: Tensor, by: Tensor) -> Tensor:
         """`t` `[m, b, h, q, p]` times `by` `[m, b, h, q]`, as matrices of the groups `[m * b * g, q, r * p]`."""
@@ -217,9 +217,13 @@ class _Sizes(NamedTuple):
         """Matrices of the groups, `[..., n, r * p]`, as `[m, b, g, n, r, p]`."""
         return t.view(-1, self.b, self.g, self.n, self.r, self.p)
 
+    def split(self, t: Tensor) -> Tensor:
+        """`[m, b, h, ...]` as `[m, b, g, r, ...]`: a view."""
+        return t.unflatten(2, (self.g, self.r))
+
     def rows(self, t: Tensor) -> Tensor:
-        """Matrices of the groups, `[m * b * g, q, r * p]`, as `[m, b, h, q, p]`: a view."""
-        return t.view(-1, self.b, self.g, self.q, self.r, self.p).transpose(3, 4).flatten(2, 3)
+        """Matrices of the groups, `[m * b * g, q, r * p]`, as `[m, b, g, r, q, p]`: a view."""
+        return t.view(-1, self.b, self.g, self.q, self.r, self.p).transpose(3, 4)
 
 
 class _ChunkedScan(torch.autograd.Function):
@@ -267,11 +271,11 @@ class _ChunkedScan(torch.autograd.Function):
                 before = number - 1
                 torch.addcmul(added[before - block.start], state[before], through[before], out=state[number])
             scores = decays.masked(torch.bmm(of, to.mT).view(-1, size.b, size.g, q, q), block)
-            mixing = decays.inside(block, decay[block]).unflatten(2, (size.g, size.r)) * scores[:, :, :, None]
+            mixing = size.split(decays.inside(block, decay[block])) * scores[:, :, :, None]
             mixing.diagonal(dim1=-2, dim2=-1).add_(skip.view(size.g, size.r, 1))
-            inside = torch.bmm(size.heads(mixing), size.heads(rows)).view(rows.shape)
+            inside = size.split(torch.bmm(size.heads(mixing), size.heads(rows)).view(rows.shape))
             read = size.rows(torch.bmm(of, state[block].view(-1, size.n, size.r * size.p)))
-            torch.addcmul(inside, read, decays.from_start[block][..., None], out=ys[block])
+            torch.addcmul(inside, read, size.split(decays.from_start[block])[..., None], out=size.split(ys[block]))
         out = y[:, :length].to(x.dtype)
         # What goes out is kept itself where nothing was cast.
         kept = out if out.dtype == compute else y[:, :length]
@@ -314,15 +318,14 @@ class _ChunkedScan(torch.autograd.Function):
             heads, d_heads = size.heads(rows), size.heads(d_rows)
             square = torch.bmm(d_heads, heads.mT).view_as(decay[block])
             x_dy[block] = square.diagonal(dim1=-2, dim2=-1)
-            d_scores = square.mul_(decay[block]).unflatten(2, (size.g, size.r)).sum(3)
+            d_scores = size.split(square.mul_(decay[block])).sum(3)
             d_scores = decays.masked(d_scores, block).flatten(0, 2)
             torch.baddbmm(d_of, d_scores, to, out=d_Cs[block].view_as(of))
             torch.baddbmm(d_to, d_scores.mT, of, out=d_Bs[block].view_as(to))
             scores = decays.masked(torch.bmm(of, to.mT).view(-1, size.b, size.g, q, q), block)
-            grouped = [each.unflatten(2, (size.g, size.r)) for each in (decay[block], square)]
-            torch.mul(grouped[0], scores[:, :, :, None], out=grouped[1])
+            torch.mul(size.split(decay[block]), scores[:, :, :, None], out=size.split(square))
             d_inside = torch.bmm(size.heads(square).mT, d_heads).view(rows.shape)
-            d_inside.addcmul_(d_added, decays.to_end[block][..., None])
+            size.split(d_inside).addcmul_(d_added, size.split(decays.to_end[block])[..., None])
             # The log decay and what it is made of.
             product = d_inside * rows
             x_dx[block] = torch.mv(product.view(-1, size.p), ones).view_as(x_dx[block])
