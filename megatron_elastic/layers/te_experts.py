@@ -68,7 +68,7 @@ class TEElasticExperts(ElasticExperts):
                 sizes=(len(packed), *packed[0].shape),
                 weights=packed,
                 once=self.quantized_once,
-                trained=slices[0][1].requires_grad,
+                trained=bool(slices[0][1].requires_grad),
             )
 
     def _number(self, linear: torch.nn.Module) -> int:

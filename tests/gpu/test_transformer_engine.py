@@ -1,7 +1,7 @@
 """The equalities on Transformer Engine's own kernels, on one GPU.
 
-Not run on a GPU yet. The same code is proved in fp64 on a stand-in in tests/distributed/test_engine.py. On that stand-in,
-on a CPU, these comparisons give 7e-3 at most in bf16 and 1.4e-4 in fp32.
+Not run on a GPU yet. The same code is proved in fp64 on a stand-in in tests/distributed/test_engine.py; there, on a
+CPU, these comparisons give 7e-3 at most in bf16 and 1.4e-4 in fp32.
 """
 
 import importlib.util
