@@ -68,7 +68,7 @@ class TEElasticExperts(ElasticExperts):
                 sizes=(len(packed), *packed[0].shape),
                 weights=packed,
                 once=self.quantized_once,
-                trained=weights[0][0].weight.requires_grad,  # type: ignore[arg-type, union-attr]
+                trained=bool(slices[0][1].requires_grad),
             )
 
     def _number(self, linear: torch.nn.Module) -> int:
