@@ -143,13 +143,13 @@ def test_fp8_quantises_each_weight_once_a_step(server: RankServer, base: Path, t
     for rank in range(2):
         counted = json.loads((tmp_path / f"count-{rank}").read_text())
         # A layer's two weights. Step 0: at every use, of 4 microbatches of two budgets. Then soft: whole, for both
-        # budgets; and sliced: for each.
-        assert [counted[str(step)] for step in range(4)] == [2 * 4 * 2, 2, 2 * 2, 2 * 2], rank
+        # budgets; and sliced: for each, and once more for the validation after the last step.
+        assert [counted[str(step)] for step in range(4)] == [2 * 4 * 2, 2, 2 * 2, 2 * 2 * 2], rank
     teacher = train(
         server, base, tmp_path / "teacher", hooks=[counting], megatron=flags, teacher_precision="fp8", **elastic
     )
     counted = json.loads((tmp_path / "count-0").read_text())
-    assert [counted[str(step)] for step in range(4)] == [2 + 2 * 4 * 2, 2, 2 * 2, 2 * 2]  # the teacher's, once for all
+    assert [counted[str(step)] for step in range(4)] == [2 + 2 * 4 * 2, 2, 2 * 2, 2 * 2 * 2]  # the teacher's, once
     unquantised = {**flags, "fp8-format": None, "fp8-recipe": None, "first-last-layers-bf16": None}
     plain = train(server, base, tmp_path / "plain", megatron=unquantised, **elastic)
     # The full budget is the teacher at first, in its own precision.
