@@ -62,7 +62,13 @@ class TEElasticExperts(ElasticExperts):
         slices = [(each, linear.weight, segments) for linear, each, segments in weights]
         with all_packed_again(slices):  # type: ignore[arg-type]
             return stand_ins.run(
-                x, counts, kept=kept, sizes=(len(packed), *packed[0].shape), weights=packed, once=self.quantized_once
+                x,
+                counts,
+                kept=kept,
+                sizes=(len(packed), *packed[0].shape),
+                weights=packed,
+                once=self.quantized_once,
+                trained=bool(slices[0][1].requires_grad),
             )
 
     def _number(self, linear: torch.nn.Module) -> int:

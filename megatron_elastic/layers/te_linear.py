@@ -50,7 +50,14 @@ class _Engine:
         weight, kept = self.owner.weight, segments or ()
         packed = sliced_parameter(weight, *kept)
         with packed_again(packed, weight, *kept):
-            return self.stand_ins.run(x, kept=segments, sizes=tuple(packed.shape), weights=[packed], once=once)
+            return self.stand_ins.run(
+                x,
+                kept=segments,
+                sizes=tuple(packed.shape),
+                weights=[packed],
+                once=once,
+                trained=weight.requires_grad,
+            )
 
 
 class TEElasticColumnParallelLinear(ElasticColumnParallelLinear):

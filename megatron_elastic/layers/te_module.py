@@ -70,7 +70,13 @@ class StandIns:
         self._made: dict[Hashable, StandIn] = {}
 
     def run(
-        self, *inputs: Any, kept: Hashable, sizes: tuple[int, ...], weights: Sequence[Tensor], once: QuantizedOnce
+        self,
+        *inputs: Any,
+        kept: Hashable,
+        sizes: tuple[int, ...],
+        weights: Sequence[Tensor],
+        once: QuantizedOnce,
+        trained: bool,
     ) -> Tensor:
         """The stand-in of a slice on its weights.
 
@@ -80,6 +86,8 @@ class StandIns:
             sizes: what `make` takes.
             weights: packed.
             once: the owner's.
+            trained: whether the parameters they were packed from have gradients (without gradients on, no packed
+                weight says so).
 
         Returns:
             What the module returns.
@@ -87,7 +95,6 @@ class StandIns:
         key = kept, sizes
         if key not in self._made:
             self._made[key] = StandIn(self.make(*sizes))
-        trained = any(weight.requires_grad for weight in weights)
         # Without gradients (evaluation, the first forward of a recompute) a trained weight is quantised for this use
         # alone: what is kept for gradients has both layouts, and one made without would lack the transposed one.
         first = once.first_use(key) if torch.is_grad_enabled() or not trained else None
