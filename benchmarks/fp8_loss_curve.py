@@ -3,9 +3,10 @@
     python benchmarks/fp8_loss_curve.py [--json] [--steps 200] [--recipe tensorwise|blockwise] [--folder FOLDER]
 
 Three curves, each by Megatron's own training through this package's commands: the parent's cross entropy; and of a
-family of that parent (trained in bf16) the distillation losses of its full and its half budget, soft in the first half
-of the steps and sliced in the second, with a teacher in bf16. On a machine with Transformer Engine FP8 is Transformer
-Engine's, else this package's reference. What is printed are relative differences of curves smoothed over 20 steps.
+family of that parent (trained in bf16) the distillation losses of its full and its half budget, at given sizes (a
+router may choose others in another precision), with a teacher in bf16. On a machine with Transformer Engine FP8 is
+Transformer Engine's, else this package's reference. What is printed are relative differences of curves smoothed over 20
+steps.
 """
 
 import argparse
@@ -37,9 +38,9 @@ MEGATRON: dict[str, Any] = {
     "mamba-head-dim": 16, "mamba-num-groups": 2, "mamba-state-dim": 16, "vocab-size": 1024,
     "tokenizer-type": "HuggingFaceTokenizer", "tokenizer-model": "corpus/tokenizer", "squared-relu": True,
     "normalization": "RMSNorm", "position-embedding-type": "none", "untie-embeddings-and-output-weights": True,
-    "disable-bias-linear": True, "hidden-dropout": 0.0, "attention-dropout": 0.0, "calculate-per-token-loss": True, "bf16": True,
-    "seed": 1234, "lr": 4.0e-3, "min-lr": 4.0e-4, "lr-decay-style": "cosine", "lr-warmup-iters": 10, "weight-decay": 0.1,
-    "adam-beta2": 0.95, "clip-grad": 1.0, "log-interval": 1,
+    "disable-bias-linear": True, "hidden-dropout": 0.0, "attention-dropout": 0.0, "calculate-per-token-loss": True,
+    "bf16": True, "seed": 1234, "lr": 1.0e-3, "min-lr": 1.0e-4, "lr-decay-style": "cosine", "lr-warmup-iters": 10,
+    "weight-decay": 0.1, "adam-beta2": 0.95, "clip-grad": 1.0, "log-interval": 1,
 }  # fmt: skip
 BATCH = {"sequence_length": 128, "global_batch_size": 8, "micro_batch_size": 8}
 ELASTIC: dict[str, Any] = {
@@ -48,22 +49,30 @@ ELASTIC: dict[str, Any] = {
         "hidden": [128, 112, 96, 80], "ffn": [256, 128], "mamba_head_dim": [16, 12, 8], "attention_heads": [8, 4],
     },
     "budgets": [{"name": "whole", "fraction": 1.0}, {"name": "half", "fraction": 0.55}],
+    "selections": {"whole": {}, "half": {"hidden": 96, "ffn": 128, "mamba_head_dim": 12, "attention_heads": 4}},
 }  # fmt: skip
 
 
 def recipe(precision: str, scaling: str, steps: int) -> dict[str, Any]:
     """The recipe of one precision; everything else is equal."""
     fp8 = {"fp8-format": "hybrid", "fp8-recipe": scaling} if precision == "fp8" else {}
-    often = {"save_interval": steps, "evaluation": {"interval": steps, "iterations": 1}}
     stage = {"iterations": steps, **BATCH, "weights": [0.5, 0.5]}
     return {
         "megatron": {**MEGATRON, **fp8},
-        "pretrain": {"save": f"parent-{precision}", "iterations": steps, **BATCH},
-        "elastic": {
-            **ELASTIC, **often, "save": f"family-{precision}", "stages": [stage],
-            "router": {"iterations": steps // 2, "warmup": 1, "tolerance": 0.1},
+        "pretrain": {
+            "save": f"parent-{precision}",
+            "iterations": steps,
+            **BATCH,
+            "megatron": {"lr": 4.0e-3, "min-lr": 4.0e-4},
         },
-    }  # fmt: skip
+        "elastic": {
+            **ELASTIC,
+            "save": f"family-{precision}",
+            "stages": [stage],
+            "save_interval": steps,
+            "evaluation": {"interval": steps, "iterations": 1},
+        },
+    }
 
 
 def run(folder: Path, command: str, precision: str) -> Mapping[str, Curve]:

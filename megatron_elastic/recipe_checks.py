@@ -17,6 +17,7 @@ from megatron_elastic.layout import BUFFERS, ModelShape, layer_number
 from megatron_elastic.ops.divergence import tensors_alive
 from megatron_elastic.ops.fused_head import default_chunk_tokens
 from megatron_elastic.parallel import Ranks, ranks_of
+from megatron_elastic.precision import QUANTISED
 from megatron_elastic.tiles import BLOCKS, TILES, tile_faults
 
 GPU_BYTES = 80 * 2**30
@@ -153,12 +154,24 @@ def _loss(recipe: Recipe, ranks: Ranks, stage: Stage) -> float:
     return 2 * hidden * 3 + chunk * vocabulary * (2 * 2 + 4 * (tensors + 1))
 
 
+def _fp8_copies(recipe: Recipe, parameters: int) -> dict[str, float]:
+    """Bytes of the weights' FP8 copies on a rank, at most: a byte in each of Hopper's two layouts, for a whole step.
+
+    Each sliced budget has its own; while the router learns there is one for all. Embedding and LM head are counted too.
+    """
+    if recipe.precision is None:
+        return {}
+    copies = sum(budget.fraction for budget in recipe.family.budgets) + (recipe.teacher_precision == QUANTISED)
+    return {"fp8": 2 * copies * parameters}
+
+
 def gpu_memory(recipe: Recipe, ranks: Ranks, gpus: int) -> dict[str, int]:
     """Bytes of the fullest GPU while the router learns (full widths): an estimate, by what takes them.
 
     Weights and the teacher's in bf16 (fp32 without the flag), gradients in fp32 as Megatron accumulates them, Adam's
     moments and the fp32 copy of the weights, shared over data-parallel ranks by the distributed optimizer; activations
-    of the microbatches that 1F1B keeps in flight on a stage; the loss's chunk on the last one.
+    of the microbatches that 1F1B keeps in flight on a stage; the loss's chunk on the last one; in FP8 the weights'
+    copies.
     """
     flags = recipe.megatron
     pp = ranks.copy // (ranks.tp * ranks.cp)
@@ -185,6 +198,7 @@ def gpu_memory(recipe: Recipe, ranks: Ranks, gpus: int) -> dict[str, int]:
             "activations": max(_activations(recipe, ranks, layers, stage, in_flight) for stage in recipe.stages),
             "loss": max(_loss(recipe, ranks, stage) for stage in recipe.stages) if last else 0,
             "reserved": RESERVED,
+            **_fp8_copies(recipe, experts + others),
         }
         rounded = {name: round(value) for name, value in found.items()}
         rounded["total"] = sum(rounded.values())

@@ -70,11 +70,11 @@ def write_text(folder: Path, words_per_document: int) -> None:
         (folder / f"{document:05d}.txt").write_text(" ".join(draw.choices(words, weights, k=words_per_document)))
 
 
-def write_parent(folder: Path, seed: int, scale: float = 0.05) -> None:
+def write_parent(folder: Path, seed: int, scale: float = 0.05, shape: ModelShape = SHAPE) -> None:
     """A parent with random weights, of this standard deviation."""
     generator = torch.Generator().manual_seed(seed)
     weights = {}
-    layout = Layout(SHAPE, 4)
+    layout = Layout(shape, 4)
     for name, dimensions in layout.parameters().items():
         size = [dimension.size for dimension in dimensions]
         positive = any(part in name for part in ("norm", "A_log", "dt_bias", "mixer.D"))

@@ -7,6 +7,7 @@ import json
 import re
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -176,6 +177,42 @@ def test_a_step_between_two_lines_of_the_log_waits_for_no_device(
     # indices are made once: for the slices when the choices are decided.
     once = {"loss_log.py:committed:tolist", "metrics.py:_router:tolist", "made:SlicePlans._make"}
     assert once <= {key for n in reads for key in reads[n]}
+
+
+def test_fp8_quantises_each_weight_once_a_step(server: RankServer, base: Path, tmp_path: Path) -> None:
+    """Bf16 and two pipeline stages, all in FP8 but the layers at both ends: an MLP and an attention layer are left."""
+    flags = {
+        "mamba-num-heads": 16, "bf16": True, "fp8-format": "hybrid", "fp8-recipe": "tensorwise",
+        "first-last-layers-bf16": True,
+    }  # fmt: skip
+    elastic: dict[str, Any] = {
+        "axes": {"hidden": [32, 16], "ffn": [64, 32], "mamba_head_dim": [8, 4], "attention_heads": [4, 2]},
+        "stages": [{**STAGE, "iterations": 4, "sequence_length": 32}], "save_interval": 4,
+        "router": {"iterations": 2, "warmup": 1, "tolerance": 0.2}, "evaluation": {"interval": 100, "iterations": 1},
+        "parent": "heads",
+    }  # fmt: skip
+    counting = hook("tests.end_to_end.quantised:count", out=str(tmp_path / "count"))
+    small_run.write_parent(base / "heads", seed=3, scale=0.1, shape=replace(small_run.SHAPE, mamba_heads=16))
+    fp8 = train(server, base, tmp_path / "fp8", hooks=[counting], megatron=flags, **elastic)
+    for rank in range(2):
+        counted = json.loads((tmp_path / f"count-{rank}").read_text())
+        # A layer's two weights. Step 0: at every use, of 4 microbatches of two budgets. Then soft: whole, for both
+        # budgets; and sliced: for each, and once more for the validation after the last step.
+        assert [counted[str(step)] for step in range(4)] == [2 * 4 * 2, 2, 2 * 2, 2 * 2 * 2], rank
+    teacher = train(
+        server, base, tmp_path / "teacher", hooks=[counting], megatron=flags, teacher_precision="fp8", **elastic
+    )
+    counted = json.loads((tmp_path / "count-0").read_text())
+    assert [counted[str(step)] for step in range(4)] == [2 + 2 * 4 * 2, 2, 2 * 2, 2 * 2 * 2]  # the teacher's, once
+    unquantised = {**flags, "fp8-format": None, "fp8-recipe": None, "first-last-layers-bf16": None}
+    plain = train(server, base, tmp_path / "plain", megatron=unquantised, **elastic)
+    # The full budget is the teacher at first, in its own precision.
+    first = [values(run)[0] for run in (fp8, teacher, plain)]
+    assert max(first[1:]) < 1e-6 < 1e-5 < first[0]
+    halves = [values(run)[1::2] for run in (fp8, plain)]
+    assert halves[0] != halves[1]
+    # FP8 has three mantissa bits: the losses of a few steps are near.
+    assert halves[0] == pytest.approx(halves[1], rel=0.05)
 
 
 def test_a_router_that_differs_on_one_rank_stops_the_run(server: RankServer, base: Path, tmp_path: Path) -> None:

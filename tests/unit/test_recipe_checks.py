@@ -103,6 +103,14 @@ def test_memory_by_hand() -> None:
         bf16=True, tensor_model_parallel_size=1, recompute_granularity="full", recompute_method="uniform",
         recompute_num_layers=2,
     )  # fmt: skip
+    # In FP8 two layouts of each budget's weights (1, 0.75 and 0.5 of the parent's), and of a teacher's in FP8.
+    asked = replace(made, megatron={**made.megatron, "fp8-format": "hybrid", "fp8-recipe": "blockwise"})
+    copies = sum(budget.fraction for budget in made.family.budgets)
+    assert gpu_memory(asked, ranks, 4)["fp8"] == round(2 * copies * count)
+    taught = gpu_memory(replace(asked, teacher_precision="fp8"), ranks, 4)
+    assert taught["fp8"] == round(2 * (copies + 1) * count)
+    assert taught["total"] - found["total"] == taught["fp8"]
+    assert "fp8" not in found
     # Five inputs are kept, and at most a Mamba and an MLP layer are there in full.
     assert gpu_memory(again, ranks, 4)["activations"] == 2 * 2048 * (5 * 128 + mamba + mlp)
 

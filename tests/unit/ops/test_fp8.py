@@ -18,6 +18,7 @@ from megatron_elastic.ops.fp8 import (
     transposed,
 )
 from megatron_elastic.precision import Scaling
+from tests.gpu.test_fp8 import by_reference, compare
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 SCALINGS = [Scaling(format_, recipe) for format_ in ("e4m3", "hybrid") for recipe in ("tensorwise", "blockwise")]
@@ -153,3 +154,15 @@ def test_unknown_recipes_are_refused() -> None:
         Scaling("e5m2", "tensorwise")
     with pytest.raises(ValueError, match="'delayed'"):
         Scaling("e4m3", "delayed")
+
+
+@pytest.mark.parametrize("scaling", SCALINGS[1:3], ids=lambda s: f"{s.format}-{s.recipe}")
+def test_what_transformer_engine_is_compared_by_on_a_gpu(scaling: Scaling) -> None:
+    """The reference passes that comparison, and an unquantised layer does not."""
+    compare(by_reference, scaling, "cpu")
+
+    def unquantised(x: Tensor, weight: Tensor, upstream: Tensor, scaling: Scaling) -> tuple[Tensor, Tensor, Tensor]:
+        return x @ weight.t(), upstream @ weight, upstream.t() @ x
+
+    with pytest.raises(AssertionError):
+        compare(unquantised, scaling, "cpu")
