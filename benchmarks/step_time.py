@@ -53,9 +53,7 @@ def steps(
     for count, shares in FAMILIES.items():
         chosen = [models.selection(share, shape) for share in sorted(shares)]
         device = data["tokens"].device
-        masks = [
-            {axis: p.to(device) for axis, p in one_hot(one, models.family(shape)).items()} for one in chosen
-        ]
+        masks = [{axis: p.to(device) for axis, p in one_hot(one, models.family(shape)).items()} for one in chosen]
         found[f"sliced {count}"] = models.elastic_step(elastic, data, [{"selection": one} for one in chosen])
         found[f"masked {count}"] = models.elastic_step(
             elastic, data, [{"probabilities": one} for one in masks], teacher_for_each=True
@@ -124,9 +122,7 @@ def work(arguments: argparse.Namespace) -> dict[str, Any]:
 
     torch.set_num_threads(2 // arguments.ranks)
     models.start(tp=arguments.ranks)
-    todo = steps(
-        models.elastic_model(), models.stock_model(), models.batch(), models.SHAPE, budgets=arguments.profile
-    )
+    todo = steps(models.elastic_model(), models.stock_model(), models.batch(), models.SHAPE, budgets=arguments.profile)
     wall, cpu = timed(todo, arguments.repeats)
     result: dict[str, Any] = ratios(wall) | ratios(cpu, "cpu_")
     result["seconds"] = {name: min(values) for name, values in wall.items()}

@@ -21,8 +21,8 @@ CONV_MULTIPLE = 8
 """Channels that causal-conv1d reads at once from channel-last tensors: sizes and strides are multiples of it."""
 _CONV_TAPS = range(2, 5)
 _HALF = (torch.bfloat16, torch.float16)
-_LARGEST_BLOCK = 2**15
-"""Channels that one program of a norm holds."""
+_LARGEST_BLOCK = 2**14
+"""Channels that one program of a norm holds in registers; in twice as many most would be spilled to memory."""
 
 
 @functools.cache

@@ -17,19 +17,16 @@ from torch.autograd.function import once_differentiable
 from megatron_elastic.ops.triton_rows import PROGRAMS, block, partial_sums, rows
 
 
-def gated_rms_norm(
-    y: Tensor, z: Tensor, weight: Tensor, groups: int, eps: float, mask: Tensor | None = None
-) -> Tensor:
+def gated_rms_norm(y: Tensor, z: Tensor, weight: Tensor, groups: int, eps: float, mask: Tensor | None = None) -> Tensor:
     """`megatron_elastic.ops.gated_norm.gated_rms_norm` with its arguments. Computed in fp32."""
-    out: Tensor = _GatedNorm.apply(y, z, weight, groups, eps, mask)  # type: ignore[no-untyped-call]
+    kept = None if mask is None else mask.contiguous()
+    out: Tensor = _GatedNorm.apply(y, z, weight.contiguous(), groups, eps, kept)  # type: ignore[no-untyped-call]
     return out
 
 
 class _GatedNorm(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, y: Tensor, z: Tensor, weight: Tensor, groups: int, eps: float, mask: Tensor | None
-    ) -> Tensor:
+    def forward(ctx: Any, y: Tensor, z: Tensor, weight: Tensor, groups: int, eps: float, mask: Tensor | None) -> Tensor:
         values, gates, size = rows(y), rows(z), y.size(-1) // groups
         out = torch.empty(y.shape, dtype=y.dtype, device=y.device)
         if values.number:

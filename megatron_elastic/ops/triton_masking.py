@@ -19,7 +19,7 @@ BLOCK = 1024
 
 def masked(values: Tensor, mask: Tensor, residual: Tensor | None = None) -> Tensor:
     """`megatron_elastic.ops.masking.masked` with its arguments, `mask` of one dimension. Computed in fp32."""
-    out: Tensor = _Masked.apply(values, mask, residual)  # type: ignore[no-untyped-call]
+    out: Tensor = _Masked.apply(values, mask.contiguous(), residual)  # type: ignore[no-untyped-call]
     return out
 
 

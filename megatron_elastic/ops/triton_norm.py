@@ -16,7 +16,7 @@ from megatron_elastic.ops.triton_rows import PROGRAMS, block, partial_sums, rows
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, width: Tensor | None = None) -> Tensor:
     """`megatron_elastic.ops.norm.rms_norm` with its arguments; `width` of one element. Computed in fp32."""
-    y: Tensor = _RMSNorm.apply(x, weight, eps, width)  # type: ignore[no-untyped-call]
+    y: Tensor = _RMSNorm.apply(x, weight.contiguous(), eps, width)  # type: ignore[no-untyped-call]
     return y
 
 

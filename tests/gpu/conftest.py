@@ -31,6 +31,10 @@ if ADAPTED:
     from megatron_elastic.cpu import adaptation
 
     adaptation.install_training()
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    # Forked here; core would spawn it at the first save: seconds in which another process imports torch.
+    filesystem_async.get_write_results_queue("fork")
     torch.set_num_threads(1)
 
 

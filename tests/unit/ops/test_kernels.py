@@ -15,6 +15,9 @@ from torch import Tensor
 
 from megatron_elastic.ops import kernels
 from megatron_elastic.ops.causal_conv import causal_conv1d_silu, causal_conv1d_silu_ref
+from megatron_elastic.ops.gated_norm import gated_rms_norm, gated_rms_norm_ref
+from megatron_elastic.ops.masking import masked, masked_ref
+from megatron_elastic.ops.norm import rms_norm, rms_norm_ref
 from megatron_elastic.ops.ssd import ssd, ssd_ref
 
 # fp64 sums of some hundred terms of size one.
@@ -93,6 +96,32 @@ def test_convolution_is_called_with_what_it_takes(
     assert (how["x"].data_ptr() != x.data_ptr()) is copied
     if documents is not None:
         assert not torch.allclose(causal_conv1d_silu(*inputs, None), fused, **EXACT)
+
+
+def test_norms_and_masks_are_called_with_what_they_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    from megatron_elastic.ops import triton_gated_norm, triton_masking, triton_norm
+
+    y, z, weight, mask = normal(3, 2, 8), normal(3, 2, 8, seed=1), normal(8, seed=2), normal(8, seed=3).sigmoid()
+
+    def results() -> list[Tensor]:
+        return [
+            rms_norm(y, weight, 1e-5), rms_norm(y, weight, 1e-5, mask.sum()), masked(y, mask), masked(y, mask, z),
+            gated_rms_norm(y, z, weight, 2, 1e-5), gated_rms_norm(y, z, weight, 2, 1e-5, mask),
+        ]  # fmt: skip
+
+    torch_only = results()
+    monkeypatch.setattr(kernels, "norms_are_fused", lambda x, channels: True)
+    monkeypatch.setattr(kernels, "masks_are_fused", lambda x: True)
+    called = []
+    for module, reference in (
+        (triton_norm, rms_norm_ref), (triton_gated_norm, gated_rms_norm_ref), (triton_masking, masked_ref),
+    ):  # fmt: skip
+        name = reference.__name__.removesuffix("_ref")
+        monkeypatch.setattr(module, name, lambda *t, call=reference: called.append(call) or call(*t))
+    for a, b in zip(results(), torch_only, strict=True):
+        torch.testing.assert_close(a, b, **EXACT)
+    assert len(called) == len(torch_only)
+    assert not torch.allclose(torch_only[0], torch_only[1], **EXACT)
 
 
 def on_gpu(*size: int, dtype: torch.dtype = torch.bfloat16) -> Any:

@@ -97,25 +97,27 @@ def strided(t: Tensor) -> Tensor:
 
 
 def test_rows_are_read_where_they_lie() -> None:
-    y, z, weight, mask = normal(5, 3, 24), normal(5, 3, 24, seed=1), normal(24, seed=2), torch.rand(24)
+    y, z, weight, mask = normal(3, 2, 24), normal(3, 2, 24, seed=1), normal(24, seed=2), torch.rand(24)
     there = strided(y)
     assert triton_rows.rows(there).values.data_ptr() == there.data_ptr()
-    grad = normal(5, 3, 24, seed=3)
+    grad = normal(3, 2, 24, seed=3)
     results = []
     for as_read in (strided, torch.clone):
         inputs = [as_read(y).requires_grad_(), as_read(z).requires_grad_(), weight.clone().requires_grad_()]
-        out = gated_rms_norm(*inputs, 3, EPS, mask)
+        out = gated_rms_norm(*inputs, 2, EPS, mask)
         normed = rms_norm(inputs[0], inputs[2], EPS)
         results.append([out, normed, *torch.autograd.grad([out, normed], inputs, [as_read(grad), as_read(grad)])])
     for a, b in zip(*results, strict=True):
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("dtype", TOLERANCES)
-@pytest.mark.parametrize(("groups", "channels"), [(2, 48), (3, 60), (1, 8)])
+@pytest.mark.parametrize(
+    ("dtype", "groups", "channels"),
+    [(torch.float32, 2, 48), (torch.bfloat16, 2, 48), (torch.float32, 3, 30), (torch.float32, 1, 8)],
+)
 def test_gated_norm_with_a_soft_mask(dtype: torch.dtype, groups: int, channels: int) -> None:
-    y, z, weight = (normal(3, 3, channels, seed=0).to(dtype), normal(3, 3, channels, seed=1).to(dtype),
-                    (normal(channels, seed=2) + 2).to(dtype))  # fmt: skip
+    y, z = (normal(3, 2, channels, seed=seed).to(dtype) for seed in range(2))
+    weight = (normal(channels, seed=2) + 2).to(dtype)
     mask = torch.rand(channels, generator=torch.Generator().manual_seed(3)) * 0.9 + 0.1
 
     def by(op: Op) -> Op:
@@ -129,7 +131,7 @@ def test_gated_norm_with_a_soft_mask(dtype: torch.dtype, groups: int, channels: 
 
 
 def test_gated_norm_without_a_mask() -> None:
-    inputs = [normal(9, 24, seed=0), normal(9, 24, seed=1), normal(24, seed=2)]
+    inputs = [normal(5, 24, seed=0), normal(5, 24, seed=1), normal(24, seed=2)]
     found = errors(lambda *t: gated_rms_norm(*t, 2, EPS), lambda *t: gated_rms_norm_ref(*t, 2, EPS), inputs)
     assert max(found) < 1e-5
     assert max(errors(lambda *t: gated_rms_norm(*t, 4, EPS), lambda *t: gated_rms_norm_ref(*t, 2, EPS), inputs)) > 1e-2
@@ -137,11 +139,10 @@ def test_gated_norm_without_a_mask() -> None:
 
 @pytest.mark.parametrize("dtype", TOLERANCES)
 @pytest.mark.parametrize("added", [False, True])
-def test_product_with_a_mask(
-    dtype: torch.dtype, added: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_product_with_a_mask(dtype: torch.dtype, added: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton_masking, "BLOCK", 32)  # two programs for the channels
     inputs = [normal(5, 2, 40).to(dtype), torch.rand(40, generator=torch.Generator().manual_seed(1)) + 0.1]
+    inputs[1] = torch.stack([inputs[1], inputs[1] + 1], 1)[:, 0]  # an entry of two
     inputs += [strided(normal(5, 2, 40, seed=2).to(dtype))] if added else []
     assert max(errors(triton_masking.masked, masked_ref, inputs)) < TOLERANCES[dtype]
     other = errors(lambda v, m, *r: triton_masking.masked(v, m + 0.1, *r), masked_ref, inputs)
@@ -150,8 +151,8 @@ def test_product_with_a_mask(
 
 @pytest.mark.parametrize("kept", [0, 5])
 def test_hard_masks(kept: int) -> None:
-    """One-hot is the norm of the sliced channels to the last bit but one; a group that keeps nothing gives zeros."""
-    y, z, weight = normal(4, 2, 24, seed=0), normal(4, 2, 24, seed=1), normal(24, seed=2)
+    """One-hot is the norm of the sliced channels up to rounding; a group that keeps nothing gives zeros."""
+    y, z, weight = normal(3, 2, 24, seed=0), normal(3, 2, 24, seed=1), normal(24, seed=2)
     keep = (torch.arange(12) < kept).repeat(2)
     inputs = [t.requires_grad_() for t in (y, z, weight)]
     masked = gated_rms_norm(y, z, weight, 2, EPS, keep.float())
