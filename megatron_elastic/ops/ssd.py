@@ -26,8 +26,7 @@ def ssd(
     """Scan `S_t = exp(dt_t A) S_{t-1} + dt_t B_t x_t^T`, `y_t = C_t S_t + D x_t`, chunk by chunk.
 
     The state is zero before the first token of every document.  Head `i` uses group `i // (h / g)`.  Computed in fp32
-    (fp64 when `x` is fp64); the cost is `l * chunk_size + (l / chunk_size)^2` per head, so `chunk_size` should grow
-    with the root of very long sequences.
+    (fp64 when `x` is fp64); the cost is `l * chunk_size` for products inside chunks and `l / chunk_size` states, per head.
 
     Args:
         x: input `[b, l, h, p]`.
