@@ -5,8 +5,8 @@
 A step is forward and backward of every budget, sliced, and the teacher once. Its arithmetic is in forward FLOPs of
 `cost_model`, LM head, causal attention and SSD included: of the teacher, three times those of each budget, and of the
 teacher's LM head once more for every further budget. Budgets, lengths and depths run on one process with two threads;
-one rank and two (TP 2) have one thread each. Everything is a ratio to the first of its series, whose steps are measured in
-turns; `cpu_time` is processor time (on several ranks that of rank 0).
+one rank and two (TP 2) have one thread each. Everything is a ratio to the first of its series, whose steps are measured
+in turns; `cpu_time` is processor time (on several ranks that of rank 0).
 """
 
 import argparse

@@ -47,7 +47,7 @@ def causal_conv1d_silu_ref(x: Tensor, weight: Tensor, bias: Tensor, documents: T
     return F.silu(F.conv1d(padded, weight.to(x.dtype), bias.to(x.dtype), groups=weight.size(0))).transpose(1, 2)
 
 
-_BLOCK_BYTES = 1 << 19
+_BLOCK_BYTES = 1 << 20
 """Bytes of a block of tokens on the CPU: it stays in the cache from the first product to the last."""
 
 

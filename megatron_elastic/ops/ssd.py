@@ -26,7 +26,7 @@ def ssd(
     """Scan `S_t = exp(dt_t A) S_{t-1} + dt_t B_t x_t^T`, `y_t = C_t S_t + D x_t`, chunk by chunk.
 
     The state is zero before the first token of every document.  Head `i` uses group `i // (h / g)`.  Computed in fp32
-    (fp64 when `x` is fp64); the cost is `l * chunk_size` for products inside chunks and `l / chunk_size` states, per head.
+    (fp64 when `x` is fp64); the cost of a head is `l * chunk_size` inside chunks and `l / chunk_size` states.
 
     Args:
         x: input `[b, l, h, p]`.
@@ -74,7 +74,7 @@ def ssd_ref(
 
 
 _BLOCK_BYTES = 1 << 20
-"""Bytes of the largest tensor of a block of chunks on the CPU: what is made of it stays in the cache between operations."""
+"""Bytes of the largest tensor of a block of chunks on the CPU: what is made of it stays in the cache."""
 
 
 def _chunked(t: Tensor, chunk: int, dtype: torch.dtype) -> Tensor:
@@ -224,10 +224,10 @@ class _ChunkedScan(torch.autograd.Function):
     The heads of a group share `B` and `C`: their states are one matrix `[n, r * p]`, and what goes into them and comes
     out of them is one GEMM for all of them.  The sum over heads in the gradients of `B` and `C` is inside these GEMMs.
     Some chunks are run at a time, so that what they need stays in the cache; `dt_j` is folded into the decay from `j`
-    on.  The gradient of the log decay needs no `[q, q]` reduction: `y_t` is proportional to
-    `exp(cum_t)` and what `x_t` adds to `exp(-cum_t)`, so it is `<dy_t, y_t> - <dx_t, x_t>` (both without the skip, whose
-    terms cancel) summed from `t` to the chunk's end, plus `<dS, S>` of the state that leaves the chunk.  Documents cut
-    the decays, which leaves these proportions as they are, and both sums end where the document does.
+    on.  The gradient of the log decay needs no `[q, q]` reduction: `y_t` is proportional to `exp(cum_t)` and what `x_t`
+    adds to `exp(-cum_t)`, so it is `<dy_t, y_t> - <dx_t, x_t>` (both without the skip, whose terms cancel) summed from
+    `t` to the chunk's end, plus `<dS, S>` of the state that leaves the chunk.  Documents cut the decays, which leaves
+    these proportions as they are, and both sums end where the document does.
     """
 
     @staticmethod
