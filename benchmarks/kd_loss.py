@@ -20,6 +20,7 @@ from torch import Tensor
 from benchmarks.memory import Allocations, available
 from megatron_elastic.curriculum import DIVERGENCES, DistillationLoss
 from megatron_elastic.ops.kd_loss import kd_loss, kd_loss_ref
+from megatron_elastic.ops.sliced_parameter import ExactGradient, dummy_gradient, sliced_parameter
 
 VOCABULARY = 131072
 TOKENS = 8192
@@ -57,6 +58,24 @@ def ours(budgets: list[list[Tensor]], loss: DistillationLoss) -> list[float]:
             made += torch.autograd.grad(total * 0.5, budget[:2])
             ends.append(torch.empty(1))
     return [allocations.peak(made, until=end) / (tokens * VOCABULARY * 4) for end in ends]
+
+
+def in_bfloat16(tokens: int, hidden: int, loss: DistillationLoss) -> float:
+    """The peak of one budget in bf16, on a slice of a parameter as in training.
+
+    What comes out is the gradient of the hidden states in bf16 and that of the weight in fp32, which the slice takes.
+    The zeros that autograd carries in the latter's place are the process' own, and were there before.
+    """
+    student, head, teacher, teacher_head, mask = (tensor.detach().bfloat16() for tensor in inputs(tokens, hidden))
+    student.requires_grad_()
+    head.requires_grad_()
+    dummy_gradient(head)
+    with Allocations() as allocations:
+        kept = sliced_parameter(head)
+        total, _ = kd_loss(student, kept, teacher, teacher_head, mask, loss=loss, labels=labels(tokens))
+        made = [*torch.autograd.grad(total * 0.5, (student, kept)), ExactGradient.of(kept).value]
+    assert made[-1].dtype == torch.float32
+    return allocations.peak(made) / (tokens * VOCABULARY * 4)
 
 
 def modelopt_losses() -> dict[str, Callable[..., Any]]:
@@ -124,6 +143,7 @@ def measure(hidden: int, loss: DistillationLoss, repeats: int) -> dict[str, Any]
         "loss": vars(loss),
         "peak_over_logits": peaks[0],
         f"peak_over_logits_{len(WIDTHS)}_budgets": peaks[-1],
+        "peak_over_logits_bf16": in_bfloat16(TOKENS, hidden, loss),
     }
     return {
         **found,

@@ -24,7 +24,7 @@ SHAPE = ModelShape(
     pattern="M-M-M*-M-", vocab=4096, hidden=1024, ffn=5376, attention_heads=16, query_groups=4, head_dim=64,
     mamba_heads=32, mamba_head_dim=64, mamba_groups=2, mamba_state=128,
 )  # fmt: skip
-LENGTH = 512
+LENGTH = 1024
 SIZES: Mapping[float, Mapping[str, int]] = {
     1.0: {},
     0.75: {"hidden": 896, "ffn": 4544, "mamba_heads": 26, "attention_heads": 16},

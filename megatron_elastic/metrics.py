@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -41,6 +42,7 @@ class StepLog:
     def __init__(self, recipe: Recipe, stage: int, interval: int) -> None:
         self.recipe, self.stage, self.interval = recipe, stage, max(1, interval)
         self._since: tuple[int, float] | None = None
+        self._described = False
 
     def _say(self, text: str) -> None:
         if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
@@ -53,6 +55,9 @@ class StepLog:
 
     def step(self, iteration: int, state: Any) -> None:
         """Called before each optimizer step with the iterations already made."""
+        if not self._described:
+            self._described = True
+            self._describe(iteration, state.metadata)
         if iteration % self.interval:
             return
         self._router(iteration, state)
@@ -75,6 +80,45 @@ class StepLog:
                 writer.add_scalar(name, value, iteration)
         if wandb and values:
             wandb.log(dict(values), iteration)
+
+    def _describe(self, iteration: int, metadata: Metadata) -> None:
+        """What Megatron's own flags do not say, into wandb's config: budgets, axes, curriculum."""
+        wandb = get_wandb_writer()
+        if not wandb:
+            return
+        recipe = self.recipe
+        elastic = {
+            "stage": self.stage,
+            "budgets": [asdict(budget) for budget in recipe.family.budgets],
+            "axes": {axis: list(choices) for axis, choices in recipe.family.choices.items() if len(choices) > 1},
+            "stages": [asdict(stage) for stage in recipe.stages],
+            "budget_mode": recipe.budget_mode,
+            "temperature": recipe.temperature,
+            "loss": asdict(recipe.loss),
+            "router": None if recipe.router is None else asdict(recipe.router),
+            "parent": recipe.parent,
+            "teacher": recipe.teacher,
+        }
+        wandb.config.update({"elastic": elastic}, allow_val_change=True)
+        if metadata.selections:
+            self._table(iteration, metadata)
+
+    def _table(self, iteration: int, metadata: Metadata) -> None:
+        """The decided budgets as a table in wandb: target, what is reached of it, and every axis."""
+        wandb = get_wandb_writer()
+        if not wandb:
+            return
+        family, rows = self.recipe.family, []
+        shapes = [selection.as_dict() for selection in metadata.selections]
+        axes = list(dict.fromkeys(axis for shape in shapes for axis in shape))
+        for budget, selection, shape in zip(metadata.budgets, metadata.selections, shapes, strict=True):
+            reached = float(family.selection_cost(selection, budget.unit) / family.full_cost(budget.unit))
+            parameters = int(family.selection_cost(selection))
+            # Text: an axis may have a size a layer in one budget, and one for all in another.
+            sizes = [str(shape.get(axis, "")) for axis in axes]
+            rows.append([budget.name, budget.unit, budget.fraction, reached, parameters, *sizes])
+        columns = ["budget", "unit", "target", "reached", "parameters", *axes]
+        wandb.log({"router/budgets": wandb.Table(columns=columns, data=rows)}, iteration)
 
     def _router(self, iteration: int, state: Any) -> None:
         writer, wandb = get_tensorboard_writer(), get_wandb_writer()
@@ -101,3 +145,4 @@ class StepLog:
             share = family.selection_cost(selection, budget.unit) / parent
             unit = budget.unit.replace("_", " ")
             self._say(f"elastic |   {budget.name}: {selection.as_dict()} = {share:.4f} of {parent:.12g} {unit}")
+        self._table(iteration, metadata)

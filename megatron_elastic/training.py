@@ -1,5 +1,6 @@
 """Runs inside `megatron.training.pretrain()`: the parent's training and the elastic stages. Wiring only, no maths."""
 
+import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -34,6 +35,7 @@ from megatron_elastic.parallel import ranks_of
 from megatron_elastic.parents import with_ranked_layers
 from megatron_elastic.router import Router, RouterTrainer
 from megatron_elastic.schedule import stage_argv
+from megatron_elastic.wandb_run import join
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,6 +99,12 @@ class TextRun:
             period=period,
         )
         return train, valid, None
+
+
+def _join_wandb(flags: Mapping[str, Any], save: str, job_type: str) -> None:
+    """On the rank that Megatron logs on: the last one."""
+    if int(os.environ.get("RANK", "0")) == int(os.environ.get("WORLD_SIZE", "1")) - 1:
+        join(flags, save, job_type)
 
 
 def _parse(argv: list[str]) -> Any:
@@ -168,6 +176,7 @@ def train_stage(recipe: Recipe, number: int) -> None:
     """
     recipe = with_ranked_layers(recipe)
     stage = recipe.stages[number - 1]
+    _join_wandb(recipe.megatron, recipe.save, "elastic")
     args = _parse(
         stage_argv(
             recipe.megatron,
@@ -262,6 +271,7 @@ def train_plain(
         save_interval: optimizer steps.
         evaluation: interval in steps, and batches.
     """
+    _join_wandb(flags, save, "plain")
     args = _parse(
         stage_argv(
             flags,

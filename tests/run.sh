@@ -8,9 +8,12 @@ source launch/environment.sh
 export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false CUDA_DEVICE_MAX_CONNECTIONS=1
 ruff check .
 mypy
-targets=(tests)
 for argument in "$@"; do
   # Files named by the user are run instead of everything.
-  [[ -e ${argument%%::*} ]] && targets=()
+  [[ -e ${argument%%::*} ]] && exec python -m pytest -q "$@"
 done
-exec python -m pytest -q "${targets[@]}" "$@"
+# Unit tests take one core each; everything else starts ranks of its own, which take both.
+status=0
+python -m pytest -q -n 2 --dist loadfile tests/unit "$@" || status=$?
+python -m pytest -q tests --ignore tests/unit "$@" || status=$?
+exit "$status"

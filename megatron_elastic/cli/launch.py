@@ -15,6 +15,7 @@ from pathlib import Path
 from megatron_elastic.cli import contact
 from megatron_elastic.errors import ElasticError
 from megatron_elastic.signals import terminated_as_interrupt
+from megatron_elastic.wandb_run import offline_without_account
 
 PACKAGE_PARENT = Path(__file__).resolve().parents[2]
 TAIL = 25
@@ -105,8 +106,7 @@ def environment() -> dict[str, str]:
     found.update(PYTHONPATH=os.pathsep.join(paths), PYTHONSAFEPATH="1", PYTHONUNBUFFERED="1")
     found.setdefault("OMP_NUM_THREADS", "1")
     found.setdefault("TOKENIZERS_PARALLELISM", "false")
-    if "WANDB_API_KEY" not in found and not Path("~/.netrc").expanduser().exists():
-        found.setdefault("WANDB_MODE", "offline")  # without an account wandb would ask for one
+    found.update(offline_without_account())
     if gpu_count():
         found.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # Megatron demands it for tensor parallelism
     else:

@@ -9,6 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_elastic.ops.sliced_parameter import ExactGradient, dummy_gradient
+
 FEWEST_TOKENS = 128
 """Smaller chunks make the LM head's GEMM reread its weight too often."""
 _LARGEST_CHUNK = 2**25
@@ -59,7 +61,11 @@ def all_reduce(values: Tensor, operation: dist.ReduceOp.RedOpType, group: dist.P
 
 
 class Gradients:
-    """Gradients of a loss of logits `hidden @ weight.t()`, added up chunk by chunk; None where none is wanted."""
+    """Gradients of a loss of logits `hidden @ weight.t()`, added up chunk by chunk; None where none is wanted.
+
+    That of the weight is added up in `compute`. A slice of a parameter takes it as it is: rounded to the weight's dtype
+    for autograd it would be a second tensor of the weight's size, and less exact.
+    """
 
     def __init__(self, hidden: Tensor, weight: Tensor, compute: torch.dtype, wanted: tuple[bool, bool]) -> None:
         self.flat, self.weight, self.shape = hidden.flatten(0, 1), weight, hidden.shape
@@ -82,12 +88,17 @@ class Gradients:
                 self.weights[rows] += d_logits[:, rows].t() @ self.flat[part]
 
     def finish(self, ctx: Any, factor: float = 1.0) -> None:
-        """Leaves the gradients, times a factor, in their own dtypes, for `hand_out`."""
-        if self.hidden is not None and factor != 1.0:
-            self.hidden *= factor
-        weights = self.weights
-        if weights is not None:
-            weights = (weights.mul_(factor) if factor != 1.0 else weights).to(self.weight.dtype)
+        """Leaves the gradients, times a factor, for `hand_out`."""
+        for gradient in (self.hidden, self.weights):
+            if gradient is not None and factor != 1.0:
+                gradient.mul_(factor)
+        weights, ctx.exact = self.weights, None
+        if weights is not None and weights.dtype != self.weight.dtype:
+            exact = ExactGradient.of(self.weight)
+            if exact is None:
+                weights = weights.to(self.weight.dtype)
+            else:
+                ctx.exact = exact, dummy_gradient(self.weight)
         ctx.gradients = None if self.hidden is None else self.hidden.view(self.shape), weights
 
 
@@ -106,4 +117,8 @@ def hand_out(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
     for gradient in (hidden, weight):
         if gradient is not None:
             gradient.mul_(grad.to(gradient.dtype))
-    return hidden, weight
+    if ctx.exact is None:
+        return hidden, weight
+    exact, carried = ctx.exact
+    exact.value = weight
+    return hidden, carried

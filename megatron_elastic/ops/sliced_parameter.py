@@ -32,8 +32,34 @@ def sliced_parameter(weight: Tensor, *segments: Segments | None) -> Tensor:
     Raises:
         ValueError: more segments than dimensions, or ranges that are not ascending inside the dimension.
     """
-    packed: Tensor = _Slice.apply(weight, _ranges(weight, segments))  # type: ignore[no-untyped-call]
+    exact = ExactGradient()
+    packed: Tensor = _Slice.apply(weight, _ranges(weight, segments), exact)  # type: ignore[no-untyped-call]
+    packed.exact_gradient = exact  # type: ignore[attr-defined]
     return packed
+
+
+class ExactGradient:
+    """Carries a packed weight's gradient past autograd, which would round it to the weight's dtype.
+
+    For a packed weight that is used once: autograd adds up what several uses bring, and this does not.
+
+    Attributes:
+        value: `[kept_0, kept_1, ...]`, in place of the gradient that autograd brings; None leaves that one.
+    """
+
+    def __init__(self) -> None:
+        """Start without one."""
+        self.value: Tensor | None = None
+
+    @staticmethod
+    def of(packed: Tensor) -> "ExactGradient | None":
+        """Where the gradient of what `sliced_parameter` returned may be put; None for any other tensor."""
+        return getattr(packed, "exact_gradient", None)
+
+    def take(self, carried: Tensor) -> Tensor:
+        """The gradient, once: the exact one where there is one."""
+        found, self.value = carried if self.value is None else self.value, None
+        return found
 
 
 @contextmanager
@@ -190,25 +216,25 @@ def _pack(weight: Tensor, ranges: tuple[tuple[_Run, ...], ...]) -> Tensor:
 
 class _Slice(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, ranges: tuple[tuple[_Run, ...], ...]) -> Tensor:
+    def forward(ctx: Any, weight: Tensor, ranges: tuple[tuple[_Run, ...], ...], exact: ExactGradient) -> Tensor:
         # Kept as an attribute: its values are not needed, but its `main_grad` is.
-        ctx.weight, ctx.ranges = weight, ranges
+        ctx.weight, ctx.ranges, ctx.exact = weight, ranges, exact
         packed = _pack(weight, ranges)
         return packed.view_as(packed) if packed is weight else packed
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        weight, ranges = ctx.weight, ctx.ranges
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        weight, ranges, grad = ctx.weight, ctx.ranges, ctx.exact.take(grad)
         main_grad = getattr(weight, "main_grad", None)
         if main_grad is None:
             if grad.shape == weight.shape:
-                return grad, None
+                return grad.to(weight.dtype), None, None
             full = torch.zeros_like(weight)
             for whole, part in _blocks(full, grad, ranges):
                 whole.copy_(part)
-            return full, None
+            return full, None, None
         for whole, part in _blocks(main_grad, grad, ranges):
             whole.add_(part)
         weight.grad_added_to_main_grad = True
-        return dummy_gradient(weight), None
+        return dummy_gradient(weight), None, None

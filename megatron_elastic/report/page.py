@@ -11,6 +11,7 @@ from megatron_elastic.report.checks import check_report, gap_closed
 from megatron_elastic.report.events import read_scalars
 from megatron_elastic.report.facts import build_report, write_json, write_text
 from megatron_elastic.report.plots import AXIS_NAMES, plot_losses, plot_parameters, plot_router
+from megatron_elastic.wandb_run import publish
 
 PLOTS = "report"
 """Folder of the plots, beside `report.md`."""
@@ -119,7 +120,7 @@ def write_report(folder: Path) -> dict[str, Any]:
         What `report.json` says.
 
     Raises:
-        ElasticError: the run is not finished, or its recipe cannot be read.
+        ElasticError: the run is not finished, its recipe cannot be read, or wandb did not take the report.
     """
     report = build_report(folder)
     recipe = load_recipe(folder / "recipe.yaml")
@@ -154,4 +155,16 @@ def write_report(folder: Path) -> dict[str, Any]:
     write_text(folder / "report.md", page)
     # Last: whoever waits for it finds the page and the plots as well.
     write_json(folder / "report.json", report)
+    publish(
+        recipe.megatron,
+        folder / recipe.save,
+        folder=folder,
+        summary={
+            f"report/{budget['name']}/{key}": budget[key]
+            for budget in report["budgets"]
+            for key in ("parameters", "validation_loss_family", "validation_loss_extracted")
+        },
+        files=[folder / "report.md", folder / "report.json", *sorted(plots.glob("*.png"))],
+        checkpoints={budget["name"]: folder / budget["checkpoint"] for budget in report["budgets"]},
+    )
     return report

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from megatron_elastic.report.checks import check_report
+from tests.end_to_end.wandb_records import offline_runs
 
 ROOT = Path(__file__).resolve().parents[2]
 PATIENCE = 60 * 60
@@ -102,6 +103,24 @@ def test_plots_and_page_are_there(done: tuple[Path, list[str], int]) -> None:
     out = done[0]
     assert (out / "report.md").read_text().count(".png") >= 3
     assert len(list(out.glob("**/*.png"))) >= 3
+
+
+def test_wandb_has_one_run_of_the_family_with_the_report_and_every_budget(
+    done: tuple[Path, list[str], int], report: dict[str, Any]
+) -> None:
+    """Interrupted, resumed, next stage, report: four parts of one run. The parent and the baseline have their own."""
+    out = done[0]
+    known = json.loads((out / "family" / "wandb_run.json").read_text())["id"]
+    runs = offline_runs(out / "wandb")
+    parts = [run for run in runs if run["id"] == known]
+    assert len(parts) >= 4
+    assert len({run["id"] for run in runs}) == 3
+    assert parts[-1]["artifacts"] == {
+        "quickstart-report": "report",
+        **{f"quickstart-{budget['name']}": "model" for budget in report["budgets"]},
+    }
+    smallest = report["budgets"][-1]
+    assert parts[-1]["summary"][f"report/{smallest['name']}/parameters"] == smallest["parameters"]
 
 
 def test_the_page_names_every_budget(done: tuple[Path, list[str], int], report: dict[str, Any]) -> None:

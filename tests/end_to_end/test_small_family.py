@@ -11,6 +11,7 @@ from megatron_elastic.checkpoint import find_checkpoint, find_verified, read_met
 from megatron_elastic.errors import CheckpointError
 from megatron_elastic.extraction import extract_budget
 from tests.end_to_end import small_run
+from tests.end_to_end.wandb_records import offline_runs
 from tests.rank_server import RankServer
 
 ROUTER = {"iterations": 4, "warmup": 1, "tolerance": 0.06}
@@ -45,7 +46,23 @@ def test_two_stages_decide_and_report_every_budget(run: tuple[Path, str]) -> Non
     for word in ("kd whole", "kd half", "stage 2", "the router is frozen", "base samples 12"):
         assert word in printed, word
     assert list((folder / "family" / "tensorboard").glob("events*"))
-    assert list(folder.glob("**/offline-run-*")), "wandb wrote no offline run"
+
+
+def test_both_stages_are_one_run_in_wandb(run: tuple[Path, str]) -> None:
+    """With the elastic section as config, curves a budget, the router, the decided budgets, checkpoints."""
+    first, second = offline_runs(run[0])
+    assert first["id"] == second["id"]
+    assert {first["group"], first["job_type"]} == {"small", "elastic"}
+    assert first["config"]["elastic"]["stage"] == 1
+    assert second["config"]["elastic"]["stage"] == 2
+    assert [budget["name"] for budget in second["config"]["elastic"]["budgets"]] == ["whole", "half"]
+    assert second["config"]["num_layers"] == len(small_run.SHAPE.pattern)  # Megatron's own flags
+    assert len(first["history"]["kd half"]) == 3
+    assert len(second["history"]["kd half"]) == 2
+    assert first["history"]["router/half/cost_over_target"]
+    assert "router/budgets/nrows" not in first["history"]  # decided in the second stage
+    assert second["history"]["router/budgets/nrows"] == [2]
+    assert first["artifacts"]["family"] == "model"
 
 
 def test_forked_ranks_make_the_same_family(run: tuple[Path, str], server: RankServer, tmp_path: Path) -> None:

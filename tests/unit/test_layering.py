@@ -39,6 +39,7 @@ LEVELS = {
     "distillation": 6,
     "parents": 6,
     "schedule": 6,
+    "wandb_run": 1,
     "forward_step": 7,
     "loss_checks": 7,
     "loss_log": 7,

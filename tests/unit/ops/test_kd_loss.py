@@ -8,6 +8,7 @@ from megatron_elastic.ops.cross_entropy import cross_entropy, cross_entropy_ref
 from megatron_elastic.ops.divergence import tensors_alive
 from megatron_elastic.ops.fused_head import default_chunk_tokens
 from megatron_elastic.ops.kd_loss import kd_loss, kd_loss_ref
+from megatron_elastic.ops.sliced_parameter import sliced_parameter, sliced_parameter_ref
 from tests.unit.ops.tensor_watch import TensorWatch
 
 # fp64 sums of some hundred terms of size one.
@@ -235,6 +236,26 @@ def test_bfloat16_loss_is_summed_in_float32(rows, monkeypatch):
         assert a.dtype == torch.bfloat16
         # Logit gradients and results are rounded to 8 bits.
         torch.testing.assert_close(a, b, rtol=3e-2, atol=3e-2)
+
+
+@pytest.mark.parametrize("kept", [None, ((0, 2), (3, 4))])
+def test_a_slice_takes_the_gradient_of_its_weight_before_it_is_rounded(kept):
+    hidden, weight, *rest = make_inputs(s=64, dtype=torch.bfloat16)
+    hidden = hidden.detach()[..., : 4 if kept is None else 3].requires_grad_()
+    loss, _ = kd_loss(hidden, sliced_parameter_ref(weight, None, kept), *rest, chunk_tokens=16)
+    rounded, by_hidden = torch.autograd.grad(loss * 0.5, (weight, hidden))
+    weight.main_grad = torch.zeros_like(weight, dtype=torch.float32).requires_grad_(False)
+    loss, _ = kd_loss(hidden, sliced_parameter(weight, None, kept), *rest, chunk_tokens=16)
+    carried, by_sliced = torch.autograd.grad(loss * 0.5, (weight, hidden))
+    assert torch.equal(by_sliced, by_hidden)
+    assert weight.grad_added_to_main_grad
+    assert not carried.any()
+    # 0.5 is exact in bfloat16, so that only the last rounding differs.
+    assert torch.equal(weight.main_grad.bfloat16(), rounded)
+    assert not torch.equal(weight.main_grad, rounded.float())
+    without = torch.empty_like(weight).copy_(weight.detach()).requires_grad_()
+    loss, _ = kd_loss(hidden, sliced_parameter(without, None, kept), *rest, chunk_tokens=16)
+    assert torch.equal(torch.autograd.grad(loss * 0.5, without)[0], rounded)
 
 
 @pytest.mark.parametrize(("student", "head"), [(True, False), (False, True), (False, False)])
