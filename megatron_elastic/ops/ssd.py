@@ -82,7 +82,7 @@ def _chunked(t: Tensor, chunk: int, dtype: torch.dtype) -> Tensor:
     pad = -t.size(1) % chunk
     if pad:
         t = F.pad(t, (0, 0) * (t.dim() - 2) + (0, pad))
-    return t.to(dtype).unflatten(1, (-1, chunk)).movedim(0, 1).transpose(2, 3)
+    return t.to(dtype).view(t.size(0), -1, chunk, *t.shape[2:]).movedim(0, 1).transpose(2, 3)
 
 
 def _sequence(t: Tensor, length: int) -> Tensor:
@@ -110,7 +110,7 @@ def _document_masks(documents: Tensor, chunk: int, dtype: torch.dtype) -> _Docum
     """The masks of `documents`, `[b, l]`: they do not decrease, so two of one number have no boundary between them."""
     # The padding at the end goes to the last document: its steps are 0.
     padding = documents[:, -1:].expand(-1, -documents.size(1) % chunk)
-    numbers = torch.cat([documents, padding], 1).unflatten(1, (-1, 1, chunk)).movedim(0, 1)
+    numbers = torch.cat([documents, padding], 1).view(documents.size(0), -1, 1, chunk).movedim(0, 1)
     leaving = numbers[..., -1]
     entering = torch.cat([numbers[:1, ..., 0], leaving[:-1]])
     return _DocumentMasks(
@@ -211,7 +211,7 @@ class _Sizes(NamedTuple):
 
     def split(self, t: Tensor) -> Tensor:
         """`[m, b, h, ...]` as `[m, b, g, r, ...]`: a view."""
-        return t.unflatten(2, (self.g, self.r))
+        return t.view(len(t), self.b, self.g, self.r, *t.shape[3:])
 
     def rows(self, t: Tensor) -> Tensor:
         """Matrices of the groups, `[m * b * g, q, r * p]`, as `[m, b, g, r, q, p]`: a view."""
