@@ -66,42 +66,64 @@ def _by_kernel(kernel: Any, x: Tensor, weight: Tensor, bias: Tensor, documents: 
     return y.transpose(1, 2)
 
 
+_BLOCK_BYTES = 1 << 20
+"""Bytes of a block of tokens on the CPU: it stays in the cache from the first product to the last."""
+
+
+def _blocks(x: Tensor) -> list[tuple[int, int]]:
+    """Tokens of `[b, l, d]`, some at a time."""
+    length = x.size(1)
+    step = max(1, _BLOCK_BYTES // max(1, x[:, :1].numel() * x.element_size())) if x.device.type == "cpu" else length
+    return [(start, min(start + step, length)) for start in range(0, length, step)]
+
+
 class _ShiftedProducts(torch.autograd.Function):
     """Products accumulate in place; the backward keeps only the input and the value before SiLU."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, documents: Tensor | None) -> Tensor:
         compute = torch.promote_types(x.dtype, torch.float32)
-        inputs, taps = x.to(compute), weight[:, 0].to(compute).t().contiguous()
-        last, length = taps.size(0) - 1, x.size(1)
-        y = torch.mul(inputs, taps[last]).add_(bias.to(compute))
-        for shift in range(1, min(last + 1, length)):
-            y[:, shift:].addcmul_(_inside(inputs[:, :-shift], documents, shift), taps[last - shift])
+        inputs, taps, base = x.to(compute), weight[:, 0].to(compute).t().contiguous(), bias.to(compute)
+        last = taps.size(0) - 1
+        y, out = x.new_empty(x.shape, dtype=compute), x.new_empty(x.shape)
+        for start, stop in _blocks(y):
+            here = y[:, start:stop]
+            torch.addcmul(base, inputs[:, start:stop], taps[last], out=here)
+            for shift in range(1, min(last + 1, stop)):
+                first = max(start, shift)
+                seen = _inside(inputs[:, first - shift : stop - shift], documents, first, shift)
+                y[:, first:stop].addcmul_(seen, taps[last - shift])
+            out[:, start:stop] = F.silu(here)
         ctx.save_for_backward(x, weight, y, documents)
         ctx.bias_dtype = bias.dtype
-        return F.silu(y).to(x.dtype)
+        return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         x, weight, y, documents = ctx.saved_tensors
         inputs, taps = x.to(y.dtype), weight[:, 0].to(y.dtype).t().contiguous()
-        last, length = taps.size(0) - 1, x.size(1)
-        dy = torch.ops.aten.silu_backward(grad.to(y.dtype), y)
-        dx, d_taps = dy * taps[last], torch.zeros_like(taps)
-        product = inputs * dy
-        d_taps[last] = product.sum((0, 1))
-        for shift in range(1, min(last + 1, length)):
-            reached = _inside(dy[:, shift:], documents, shift)
-            dx[:, :-shift].addcmul_(reached, taps[last - shift])
-            shifted = torch.mul(inputs[:, :-shift], reached, out=product[:, :-shift])
-            d_taps[last - shift] = shifted.sum((0, 1))
-        d_weight = d_taps.t()[:, None].to(weight.dtype)
-        return dx.to(x.dtype), d_weight, dy.sum((0, 1)).to(ctx.bias_dtype), None
+        last = taps.size(0) - 1
+        dx, d_taps, d_bias = torch.empty_like(y), torch.zeros_like(taps), torch.zeros_like(taps[0])
+        for start, stop in _blocks(y):
+            dy = torch.ops.aten.silu_backward(grad[:, start:stop].to(y.dtype), y[:, start:stop])
+            torch.mul(dy, taps[last], out=dx[:, start:stop])
+            product = inputs[:, start:stop] * dy
+            d_taps[last] += product.sum((0, 1))
+            d_bias += dy.sum((0, 1))
+            for shift in range(1, min(last + 1, stop)):
+                first = max(start, shift)
+                reached = _inside(dy[:, first - start :], documents, first, shift)
+                before = slice(first - shift, stop - shift)
+                dx[:, before].addcmul_(reached, taps[last - shift])
+                shifted = torch.mul(inputs[:, before], reached, out=product[:, first - start :])
+                d_taps[last - shift] += shifted.sum((0, 1))
+        return dx.to(x.dtype), d_taps.t()[:, None].to(weight.dtype), d_bias.to(ctx.bias_dtype), None
 
 
-def _inside(t: Tensor, documents: Tensor | None, shift: int) -> Tensor:
-    """`t` `[b, l - shift, d]`, zero where token and the token `shift` later lie in different documents."""
+def _inside(t: Tensor, documents: Tensor | None, first: int, shift: int) -> Tensor:
+    """`t` `[b, m, d]`, of the tokens from `first` on, zero where the one `shift` earlier is of another document."""
     if documents is None:
         return t
-    return t * (documents[:, shift:] == documents[:, :-shift])[..., None]
+    stop = first + t.size(1)
+    return t * (documents[:, first:stop] == documents[:, first - shift : stop - shift])[..., None]

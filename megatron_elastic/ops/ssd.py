@@ -27,9 +27,8 @@ def ssd(
     """Scan `S_t = exp(dt_t A) S_{t-1} + dt_t B_t x_t^T`, `y_t = C_t S_t + D x_t`, chunk by chunk.
 
     The state is zero before the first token of every document.  Head `i` uses group `i // (h / g)`.  Computed in fp32
-    (fp64 when `x` is fp64); the cost is `l * chunk_size + (l / chunk_size)^2` per head, so `chunk_size` should grow
-    with the root of very long sequences.  On a GPU mamba-ssm's kernels run it, in chunks of their own, where
-    `kernels.scan_kernel` has them.
+    (fp64 when `x` is fp64); the cost of a head is `l * chunk_size` inside chunks and `l / chunk_size` states.  On a GPU
+    mamba-ssm's kernels run it, in chunks of their own, where `kernels.scan_kernel` has them.
 
     Args:
         x: input `[b, l, h, p]`.
@@ -82,7 +81,7 @@ def ssd_ref(
 
 
 _BLOCK_BYTES = 1 << 20
-"""Bytes of the largest tensor of a block of chunks on the CPU: what is made of it stays in the cache between operations."""
+"""Bytes of the largest tensor of a block of chunks on the CPU: what is made of it stays in the cache."""
 
 
 def _chunked(t: Tensor, chunk: int, dtype: torch.dtype) -> Tensor:
@@ -90,7 +89,7 @@ def _chunked(t: Tensor, chunk: int, dtype: torch.dtype) -> Tensor:
     pad = -t.size(1) % chunk
     if pad:
         t = F.pad(t, (0, 0) * (t.dim() - 2) + (0, pad))
-    return t.to(dtype).unflatten(1, (-1, chunk)).movedim(0, 1).transpose(2, 3)
+    return t.to(dtype).view(t.size(0), -1, chunk, *t.shape[2:]).movedim(0, 1).transpose(2, 3)
 
 
 def _sequence(t: Tensor, length: int) -> Tensor:
@@ -118,7 +117,7 @@ def _document_masks(documents: Tensor, chunk: int, dtype: torch.dtype) -> _Docum
     """The masks of `documents`, `[b, l]`: they do not decrease, so two of one number have no boundary between them."""
     # The padding at the end goes to the last document: its steps are 0.
     padding = documents[:, -1:].expand(-1, -documents.size(1) % chunk)
-    numbers = torch.cat([documents, padding], 1).unflatten(1, (-1, 1, chunk)).movedim(0, 1)
+    numbers = torch.cat([documents, padding], 1).view(documents.size(0), -1, 1, chunk).movedim(0, 1)
     leaving = numbers[..., -1]
     entering = torch.cat([numbers[:1, ..., 0], leaving[:-1]])
     return _DocumentMasks(
@@ -219,7 +218,7 @@ class _Sizes(NamedTuple):
 
     def split(self, t: Tensor) -> Tensor:
         """`[m, b, h, ...]` as `[m, b, g, r, ...]`: a view."""
-        return t.unflatten(2, (self.g, self.r))
+        return t.view(len(t), self.b, self.g, self.r, *t.shape[3:])
 
     def rows(self, t: Tensor) -> Tensor:
         """Matrices of the groups, `[m * b * g, q, r * p]`, as `[m, b, g, r, q, p]`: a view."""
@@ -232,10 +231,10 @@ class _ChunkedScan(torch.autograd.Function):
     The heads of a group share `B` and `C`: their states are one matrix `[n, r * p]`, and what goes into them and comes
     out of them is one GEMM for all of them.  The sum over heads in the gradients of `B` and `C` is inside these GEMMs.
     Some chunks are run at a time, so that what they need stays in the cache; `dt_j` is folded into the decay from `j`
-    on.  The gradient of the log decay needs no `[q, q]` reduction: `y_t` is proportional to
-    `exp(cum_t)` and what `x_t` adds to `exp(-cum_t)`, so it is `<dy_t, y_t> - <dx_t, x_t>` (both without the skip, whose
-    terms cancel) summed from `t` to the chunk's end, plus `<dS, S>` of the state that leaves the chunk.  Documents cut
-    the decays, which leaves these proportions as they are, and both sums end where the document does.
+    on.  The gradient of the log decay needs no `[q, q]` reduction: `y_t` is proportional to `exp(cum_t)` and what `x_t`
+    adds to `exp(-cum_t)`, so it is `<dy_t, y_t> - <dx_t, x_t>` (both without the skip, whose terms cancel) summed from
+    `t` to the chunk's end, plus `<dS, S>` of the state that leaves the chunk.  Documents cut the decays, which leaves
+    these proportions as they are, and both sums end where the document does.
     """
 
     @staticmethod

@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from megatron_elastic.ops import causal_conv
 from megatron_elastic.ops.causal_conv import causal_conv1d_silu, causal_conv1d_silu_ref
 
 # fp64 sums of a few hundred terms of size one.
@@ -11,6 +12,13 @@ def make_inputs(length=9, d=5, k=4, dtype=torch.float64):
     generator = torch.Generator().manual_seed(0)
     shapes = [(2, length, d), (d, 1, k), (d,)]
     return [torch.randn(*s, generator=generator, dtype=dtype).requires_grad_() for s in shapes]
+
+
+@pytest.fixture(params=["whole", "blocks"], autouse=True)
+def blocks(request, monkeypatch):
+    """Both as one block of tokens and as several, the last one smaller than the kernel."""
+    if request.param == "blocks":
+        monkeypatch.setattr(causal_conv, "_BLOCK_BYTES", 2 * 5 * 8 * 4)
 
 
 @pytest.mark.parametrize(("length", "k"), [(9, 4), (2, 4), (1, 4), (9, 1), (3, 3)])

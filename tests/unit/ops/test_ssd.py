@@ -2,10 +2,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from megatron_elastic.ops import ssd as scan
 from megatron_elastic.ops.ssd import ssd, ssd_ref
 
 # fp64 sums of a few hundred terms of size one.
 EXACT = {"rtol": 1e-10, "atol": 1e-11}
+
+
+@pytest.fixture(params=[1, 1 << 20], ids=["one chunk at a time", "all at once"], autouse=True)
+def blocks(request, monkeypatch):
+    monkeypatch.setattr(scan, "_BLOCK_BYTES", request.param)
 
 
 def make_inputs(b=2, length=21, h=4, p=3, g=2, n=5, dtype=torch.float64, seed=0):
