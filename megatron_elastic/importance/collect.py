@@ -96,7 +96,7 @@ class _Sites:
         return lambda: {axis: joined(neurons.value(self.groups.dp), self.groups.tp)}
 
     def _moe(self, moe: Any) -> Value:
-        if not isinstance(moe.experts, SequentialMLP):
+        if not isinstance(moe.experts, SequentialMLP) or getattr(moe.experts, "grouped", False):
             raise ElasticError(
                 f"importance of {type(moe.experts).__name__}: experts are scored one by one: leave moe-grouped-gemm out"
             )

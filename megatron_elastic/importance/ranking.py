@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from megatron_elastic.backend import FLAG, LOCAL
 from megatron_elastic.checkpoint import find_checkpoint
 from megatron_elastic.checkpoint.names import INDEX, MANIFEST
 from megatron_elastic.config import Recipe
@@ -122,6 +123,8 @@ def rank_parent(
         rank, ranks = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
         first = torch.distributed.get_rank() == 0
         flags = dealt_flags(recipe.megatron, (text.samples, depth_text.samples), ranks)
+        if "E" in str(flags["hybrid-layer-pattern"]):
+            flags = {**flags, FLAG: LOCAL}  # experts are scored one by one, and Transformer Engine's run all at once
         model = build_plain_model(flags, torch.bfloat16 if low else torch.float32)
         load_parent(model, path)
 

@@ -337,6 +337,10 @@ def test_experts(cases, engine):
     whole = moe_cases.outcome(plain, None)
     assert moe_cases.error(whole, moe_cases.outcome(models[1], family.layout, selection=family.full)) < TOLERANCE
     assert float((whole["logits"] - sliced["logits"]).abs().max()) > 1e-2
+    from megatron_elastic.importance.collect import _Sites
+
+    with pytest.raises(ElasticError, match="scored one by one"):  # no expert runs by itself, so none would be seen
+        _Sites._moe(None, plain.decoder.layers[1].mlp)
 
 
 def test_quantised_experts_have_whole_tiles(cases, engine, monkeypatch):

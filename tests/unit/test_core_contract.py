@@ -55,6 +55,7 @@ SIGNATURES: list[tuple[str, str, str, str]] = [
         "use_inner_quantization_context padding_mask extract_layer_indices layer_offset",
         "layers/stack.py does its work: an open argument list would make that needless",
     ),
+    ("megatron.core.fp8_utils", "get_fp8_context", "config layer_no is_init", "layers/recompute.py"),
     (
         "megatron.core.ssm.mamba_mixer",
         "MambaMixer.__init__",

@@ -6,7 +6,9 @@ from typing import Any
 
 import pytest
 
+from megatron_elastic import backend
 from megatron_elastic.config import Recipe, Stage, load_recipe
+from megatron_elastic.errors import RecipeError
 from megatron_elastic.schedule import stage_argv, stage_flags
 
 RECIPE = Path(__file__).resolve().parents[2] / "recipes" / "quickstart.yaml"
@@ -82,7 +84,19 @@ def test_the_recipe_wins_over_the_backend_and_loses_to_the_curriculum() -> None:
 def test_cpu_ranks_get_gloo_and_gpus_do_not() -> None:
     assert flags(1)["distributed-backend"] == "gloo"
     assert "distributed-backend" not in flags(1, cuda=True)
-    assert flags(1, cuda=True)["transformer-impl"] == "local"
+    assert flags(1)["transformer-impl"] == "local"
+    assert flags(1, cuda=True, flags={"transformer-impl": "local"})["transformer-impl"] == "local"
+
+
+def test_the_backend_is_the_recipes_or_what_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backend, "_import_fault", lambda: None)
+    made = flags(1, cuda=True)
+    assert (made["transformer-impl"], made.get("attention-backend")) == ("transformer_engine", None)
+    monkeypatch.setattr(backend, "_import_fault", lambda: "none")
+    made = flags(1, cuda=True)
+    assert (made["transformer-impl"], made.get("attention-backend")) == ("local", "unfused")
+    with pytest.raises(RecipeError, match=r"megatron\.transformer-impl: 'transformer_engine' cannot be had here"):
+        flags(1, cuda=True, flags={"transformer-impl": "transformer_engine"})
 
 
 def test_the_command_line_says_the_same() -> None:
