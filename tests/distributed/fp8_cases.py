@@ -203,16 +203,14 @@ def scales() -> dict[str, float]:
     """What a slice would be with the parent's scales, and what masks make of it, which have no others."""
     found: dict[str, float] = {}
     soft = one_hot(SMALLEST, FAMILY, torch.float64)
-    for name in ("tensorwise", "blockwise"):
-        for outliers in (False, True):
-            model = elastic(PRECISIONS[name], outliers=outliers)
-            got = sliced(model, SMALLEST)
-            case = f"{name}, outliers" if outliers else name
-            found[f"{case}/masked"] = norm_distance(
-                moe_cases.outcome(model, FAMILY.layout, probabilities=soft), got
-            )
-            with parents_scale(model):
-                found[f"{case}/parent's"] = norm_distance(sliced(model, SMALLEST), got)
+    for name, outliers in (("tensorwise", False), ("blockwise", False), ("blockwise", True)):
+        model = elastic(PRECISIONS[name], outliers=outliers)
+        got = sliced(model, SMALLEST)
+        case = f"{name}, outliers" if outliers else name
+        masked = moe_cases.outcome(model, FAMILY.layout, probabilities=soft)
+        found[f"{case}/masked"] = norm_distance(masked, got)
+        with parents_scale(model):
+            found[f"{case}/parent's"] = norm_distance(sliced(model, SMALLEST), got)
     with parents_scale(model):
         wrong = sliced(model, FULL)
     found["all kept"] = norm_distance(wrong, sliced(model, FULL))
@@ -224,26 +222,27 @@ def kept_copies() -> dict[str, float]:
     model = elastic(TENSORWISE)
     quantised = linears(model)
 
-    def step() -> Counter[tuple[int, ...]]:
+    budgets = SMALLEST, FULL
+
+    def step(microbatches: int) -> Counter[tuple[int, ...]]:
         with counted() as shapes:
-            for _ in range(2):  # microbatches
-                for selection in (SMALLEST, MIDDLE, FULL):
+            for _ in range(microbatches):
+                for selection in budgets:
                     sliced(model, selection)
         return Counter(shapes)
 
-    untold = step()
+    untold = step(2)
     weights_changed(model)
-    once = step()
-    again = step()
+    once = step(2)
+    again = step(1)
     weights_changed(model)
-    anew = step()
+    anew = step(1)
     # Experts and layers that a slice cuts have nothing to quantise.
-    plan = {s: model.decoder.plans.of(s) for s in (SMALLEST, MIDDLE, FULL)}
     cut_away = sum(
-        1 for selection in plan for name in quantised
+        1 for selection in budgets for name in quantised
         if _layer(name) in selection.skipped or (".local_experts." in name and not _kept_expert(name, selection))
     )  # fmt: skip
-    want = 3 * len(quantised) - cut_away
+    want = len(budgets) * len(quantised) - cut_away
     # A step of the optimizer.
     before = sliced(model, SMALLEST)
     with torch.no_grad():
@@ -341,7 +340,7 @@ def tensor_parallel() -> dict[str, float]:
 def run_all() -> dict[str, dict[str, list[float]]]:
     """Case -> numbers of every rank."""
     moe_kit.layout_of_ranks()
-    results = {name: equalities(PRECISIONS[name], middle=MIDDLE, smallest=SMALLEST) for name in ("tensorwise",)}
+    results = {"tensorwise": equalities(TENSORWISE, middle=MIDDLE, smallest=SMALLEST)}
     results["blockwise"] = equalities(PRECISIONS["blockwise"], full=FULL, smallest=SMALLEST)
     results["ends"] = equalities(PRECISIONS["ends"], smallest=SMALLEST)
     results.update(scales=scales(), copies=kept_copies(), ways=ways_to_run(), tp2=tensor_parallel())

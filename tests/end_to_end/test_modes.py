@@ -204,15 +204,10 @@ def test_fp8_quantises_each_weight_once_a_step(server: RankServer, base: Path, t
     )
     counted = json.loads((tmp_path / "count-0").read_text())
     assert [counted[str(step)] for step in range(4)] == [2 + 2 * 4 * 2, 2, 2 * 2, 2 * 2 * 2]  # the teacher's, once
-    unquantised = {**flags, "fp8-format": None, "fp8-recipe": None, "first-last-layers-bf16": None}
-    plain = train(server, base, tmp_path / "plain", megatron=unquantised, **elastic)
-    # The full budget is the teacher at first, in its own precision.
-    first = [values(run)[0] for run in (fp8, teacher, plain)]
-    assert max(first[1:]) < 1e-6 < 1e-5 < first[0]
-    halves = [values(run)[1::2] for run in (fp8, plain)]
-    assert halves[0] != halves[1]
-    # FP8 has three mantissa bits: the losses of a few steps are near.
-    assert halves[0] == pytest.approx(halves[1], rel=0.05)
+    # The full budget is the teacher at first, in FP8 too; and near it where the teacher is in bf16, but not the same.
+    assert values(teacher)[0] < 1e-6 < 1e-5 < values(fp8)[0] < 1e-2
+    assert values(teacher)[1:] != values(fp8)[1:]
+    assert values(teacher)[1] == pytest.approx(values(fp8)[1], rel=0.05)
 
 
 def test_a_router_that_differs_on_one_rank_stops_the_run(server: RankServer, base: Path, tmp_path: Path) -> None:
