@@ -16,7 +16,6 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from math import prod
 from pathlib import Path
 from statistics import median
@@ -46,6 +45,8 @@ FLAGS: dict[str, Any] = {
 }  # fmt: skip
 BLOCK = 4 << 20
 """Bytes that the copy reads and writes at once."""
+PAUSE = 2.0
+"""Seconds between turns, in which the disk gets rid of what was removed."""
 CONSTANT = 64 << 20
 """Bytes beside twice the largest tensor: blocks that are copied at once, buffers, what the C library keeps."""
 
@@ -118,47 +119,45 @@ class Runs:
     """What is timed, in a folder of its own.
 
     Args:
-        folder: with room for four times what is written.
+        folder: with room for five times what is written.
         warm: whether sources are in memory when a run begins.
     """
 
     def __init__(self, folder: Path, warm: bool) -> None:
-        self.family, self.out, self.copied = (folder / name for name in ("family", "out", "copied"))
+        self.family, self.reference = folder / "family", folder / "reference"
+        self.targets = {name: folder / name for name in ("copy", "plain", "verified")}
         self.warm = warm
 
-    def made(self, kind: str, budget: str, verify: bool) -> Callable[[], object]:
-        """Extraction or export of a budget."""
+    def write(self, kind: str, budget: str, target: Path, *, verify: bool) -> None:
+        """Extracts or exports a budget."""
         if kind == "extract":
-            return lambda: extract_budget(self.family, budget, self.out, verify=verify)
-        return lambda: export_model(self.family, self.out, budget=budget, verify=verify)
+            extract_budget(self.family, budget, target, verify=verify)
+        else:
+            export_model(self.family, target, budget=budget, verify=verify)
 
-    def timed(self, run: Callable[[], object], source: Path, target: Path) -> float:
-        """Seconds of a run that reads `source` and writes `target`, which must not be there."""
-        shutil.rmtree(target, ignore_errors=True)
-        os.sync()  # what was removed before is no part of the run
-        prepare(source, self.warm)
-        begun = time.perf_counter()
-        run()
-        return time.perf_counter() - begun
-
-    def turn(self, kind: str, budget: str = "p100", verified: bool = True) -> dict[str, float]:
-        """Seconds of one turn: the plain copy, and both ways to write what it copies."""
-        found = {kind: self.timed(self.made(kind, budget, False), self.family, self.out)}
-        found["copy"] = self.timed(lambda: copy(self.out, self.copied), self.out, self.copied)
-        shutil.rmtree(self.copied)
-        if verified:
-            found[f"{kind} verified"] = self.timed(self.made(kind, budget, True), self.family, self.out)
-        found["bytes"] = size(self.out)
-        shutil.rmtree(self.out)
-        return found
-
-    def peaks(self, kind: str, before: int) -> dict[str, int]:
-        """Most bytes that writing the 100 % budget takes, verified."""
+    def first(self, kind: str, budget: str, before: int) -> dict[str, int]:
+        """Writes what is copied later; returns the most bytes that it takes."""
+        shutil.rmtree(self.reference, ignore_errors=True)
         Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
         with Allocations() as allocations:
-            self.made(kind, "p100", True)()
-        found = {"allocated": allocations.peak(), "resident": status("VmHWM") - before}
-        shutil.rmtree(self.out)
+            self.write(kind, budget, self.reference, verify=True)
+        return {"allocated": allocations.peak(), "resident": status("VmHWM") - before}
+
+    def turn(self, kind: str, budget: str, number: int) -> dict[str, float]:
+        """Seconds of the copy and of both ways to write what it copies, in an order that changes with the turn."""
+        names, found = list(self.targets), {}
+        for name in names[number % len(names) :] + names[: number % len(names)]:
+            prepare(self.reference if name == "copy" else self.family, self.warm)
+            begun = time.perf_counter()
+            if name == "copy":
+                copy(self.reference, self.targets[name])
+            else:
+                self.write(kind, budget, self.targets[name], verify=name == "verified")
+            found[name] = time.perf_counter() - begun
+        for target in self.targets.values():
+            shutil.rmtree(target)
+        os.sync()  # what was removed is no part of the next turn
+        time.sleep(PAUSE)
         return found
 
 
@@ -168,22 +167,21 @@ def measure(folder: Path, turns: int, warm: bool) -> dict[str, Any]:
     write_family(runs.family)
     path = find_checkpoint(runs.family)
     before = status("VmRSS")
-    stored = tensor_names(path).values()
-    largest = max(prod(info.shape) * info.dtype.itemsize for info in stored)
+    largest = max(prod(info.shape) * info.dtype.itemsize for info in tensor_names(path).values())
     report: dict[str, Any] = {"parent_gib": size(path) / 2**30, "largest_tensor_mib": largest / 2**20, "warm": warm}
-    for kind in ("extract", "export"):
-        peaks = runs.peaks(kind, before)  # the first run, which warms up
-        done = [runs.turn(kind) for _ in range(turns)]
-        report[f"{kind}_gib"] = done[0]["bytes"] / 2**30
-        for ending in ("", " verified"):
-            ratio = median(each[kind + ending] / each["copy"] for each in done)
-            report[f"{kind}{ending.replace(' ', '_')}_over_copy"] = ratio
-        report[f"{kind}_peak_over_largest"] = {name: value / largest for name, value in peaks.items()}
-        report[f"{kind}_within_memory"] = max(peaks.values()) < 2 * largest + CONSTANT
-        report[f"{kind}_seconds"] = [{name: value for name, value in each.items() if name != "bytes"} for each in done]
-    small = runs.turn("extract", "small", verified=False)
-    report["extract_small_over_copy"] = small["extract"] / small["copy"]
-    report["extract_small_gib"] = small["bytes"] / 2**30
+    for label, kind, budget, count in (
+        ("extract", "extract", "p100", turns),
+        ("export", "export", "p100", turns),
+        ("extract_small", "extract", "small", 1),
+    ):
+        peaks = runs.first(kind, budget, before)
+        done = [runs.turn(kind, budget, number) for number in range(count)]
+        report[f"{label}_gib"] = size(runs.reference) / 2**30
+        for name, ending in (("plain", ""), ("verified", "_verified")):
+            report[f"{label}{ending}_over_copy"] = median(each[name] / each["copy"] for each in done)
+        report[f"{label}_peak_over_largest"] = {name: value / largest for name, value in peaks.items()}
+        report[f"{label}_within_memory"] = max(peaks.values()) < 2 * largest + CONSTANT
+        report[f"{label}_seconds"] = done
     return report
 
 
@@ -200,7 +198,7 @@ def main() -> None:
     """Measures, and prints."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="one object on one line")
-    parser.add_argument("--folder", type=Path, help="where 10 GiB are free (default: the system's temporary folder)")
+    parser.add_argument("--folder", type=Path, help="where 12 GiB are free (default: the system's temporary folder)")
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--warm", action="store_true", help="sources are in memory, not on the disk alone")
     asked = parser.parse_args()
