@@ -19,8 +19,8 @@ from megatron_elastic.family import Family
 from megatron_elastic.layout import ModelShape
 from megatron_elastic.masks import one_hot
 
-# Channels and neurons of every choice are multiples of 16, as FP8 wants them, and so are Mamba's heads, each of which has
-# a row in the input projection; attention's are as wide as the fused kernels take.
+# Channels and neurons of every choice are multiples of 16, as FP8 wants them, and so are Mamba's heads, each of which
+# has a row in the input projection; attention's are as wide as the fused kernels take.
 SHAPE = ModelShape(
     pattern="M-*M-*-", vocab=64, hidden=256, ffn=512, attention_heads=8, query_groups=2, head_dim=64,
     mamba_heads=32, mamba_head_dim=32, mamba_groups=2, mamba_state=64,
