@@ -12,8 +12,13 @@ for argument in "$@"; do
   # Files named by the user are run instead of everything.
   [[ -e ${argument%%::*} ]] && exec python -m pytest -q "$@"
 done
-# Unit tests take one core each; everything else starts ranks of its own, which take both.
+# Unit tests fill what the others leave of the cores: those start ranks, and wait for them. Their output comes last.
 status=0
-python -m pytest -q -n 2 --dist loadfile tests/unit "$@" || status=$?
+unit="$(mktemp)"
+nice python -m pytest -q -n 2 --dist loadfile tests/unit "$@" >"$unit" 2>&1 &
+running=$!
+trap 'kill "$running" 2>/dev/null; rm -f -- "$unit"' EXIT
 python -m pytest -q tests --ignore tests/unit "$@" || status=$?
+wait "$running" || status=$?
+cat -- "$unit"
 exit "$status"
