@@ -66,12 +66,21 @@ def compare(found: Linear, scaling: Scaling, device: str) -> None:
         assert error < (unquantised.float() - other.float()).norm() / other.float().norm()
 
 
+def unquantised(x: Tensor, weight: Tensor, upstream: Tensor, scaling: Scaling) -> tuple[Tensor, Tensor, Tensor]:
+    """What no FP8 layer does: the negative."""
+    return x @ weight.t(), upstream @ weight, upstream.t() @ x
+
+
 @pytest.mark.parametrize("format_", ["e4m3", "hybrid"])
 @pytest.mark.parametrize("recipe", ["tensorwise", "blockwise"])
-def test_a_linear_layer(recipe: str, format_: str) -> None:
-    """The reference on the GPU, and Transformer Engine's. Has not run on a GPU yet."""
-    compare(by_reference, Scaling(format_, recipe), "cuda")
-    compare(by_engine, Scaling(format_, recipe), "cuda")
+def test_a_linear_layer(device: torch.device, recipe: str, format_: str) -> None:
+    """The reference on the device, and on a GPU Transformer Engine's. Has not run on a GPU yet."""
+    scaling = Scaling(format_, recipe)
+    compare(by_reference, scaling, device.type)
+    with pytest.raises(AssertionError):
+        compare(unquantised, scaling, device.type)
+    if device.type == "cuda":
+        compare(by_engine, scaling, device.type)
 
 
 def test_numbers_with_one_scale() -> None:
